@@ -1,0 +1,191 @@
+"""The unit of update: a block of parameters whose gradients become complete at about the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A part of the model that is stepped and exchanged as one.
+
+    Attributes:
+        index: Position among the model's blocks, in the order of the model's structure.
+        name: The layer's path in the model, or `embeddings`, `between.N`, `head`, `model` for what is in no layer.
+        parameter_names: Path of each parameter, for messages.
+        parameters: The trainable parameters. Empty only where the block has nothing but buffers.
+        buffers: Floating-point statistics that training itself changes (BatchNorm's running mean and variance).
+        modules: The modules whose forward uses the block; the first one to run is the block's first use.
+    """
+
+    index: int
+    name: str
+    parameter_names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    buffers: tuple[Tensor, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What peers exchange: parameters, then buffers, without gradient but with their version counters."""
+        return [tensor.detach() for tensor in (*self.parameters, *self.buffers)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one exchange of this block."""
+        return sum(tensor.nbytes for tensor in (*self.parameters, *self.buffers))
+
+    def __repr__(self) -> str:
+        return f"Block({self.index}, {self.name!r}, {len(self.parameters)} parameters, {self.num_bytes} bytes)"
+
+
+def split_into_blocks(model: nn.Module) -> list[Block]:
+    """Put every trainable parameter of `model` into exactly one block, by the structure of the model alone.
+
+    A *layer* is a member of an `nn.ModuleList` or `nn.Sequential` that is not itself inside a layer; where such a
+    member is a stage (a direct child of it is again a stack, of at least two modules of one class, that holds
+    most of its parameters: ResNet, Swin, ConvNeXt), its members are the layers. Each layer is a block. What is in
+    no layer goes together by position: before the first stack (`embeddings`), between two stacks, after the last
+    (`head`). A parameter with several names (a tied LM head) counts where it is named first. Frozen parameters are in
+    no block. Running statistics go with their module.
+
+    Raises:
+        ValueError: The model has no trainable parameter.
+    """
+    layers, stages = _find_layers(model)
+    members: dict[str, _Members] = {}
+    seen: set[int] = set()
+
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        tensors = dict(_own_tensors(module))
+        if not tensors:
+            continue
+        key = _enclosing(module_name, layers) or _enclosing(module_name, stages) or ""
+        if not key:
+            key = _position(module_name, layers, model)
+        group = members.setdefault(key, _Members())
+        for name, tensor in tensors.items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if isinstance(tensor, nn.Parameter):
+                group.parameters[f"{module_name}.{name}" if module_name else name] = tensor
+            else:
+                group.buffers.append(tensor)
+
+    if not any(group.parameters for group in members.values()):
+        raise ValueError(
+            "The model has no trainable parameter, so there is nothing to train or to exchange. "
+            "Set `requires_grad=True` on some parameters (or add an adapter) before creating the trainer."
+        )
+
+    groups = {key: group for key, group in members.items() if group.parameters or group.buffers}
+    users = _users(model, groups)
+    return [
+        Block(
+            index=index,
+            name=key if key in layers or key in stages else _rest_name(key, groups, bool(layers)),
+            parameter_names=tuple(group.parameters),
+            parameters=tuple(group.parameters.values()),
+            buffers=tuple(group.buffers),
+            modules=(layers[key],) if key in layers else users[key],
+        )
+        for index, (key, group) in enumerate(groups.items())
+    ]
+
+
+class _Members:
+    """What one block will hold, while the model is walked."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.buffers: list[Tensor] = []
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters and training statistics that `module` itself (not a child) owns."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if parameter.requires_grad:
+            yield name, parameter
+    if isinstance(module, _NormBase):
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                yield name, buffer
+
+
+def _find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Layers and opened stages of the model by path, in order."""
+    layers: dict[str, nn.Module] = {}
+    stages: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, name: str, stage: bool) -> None:
+        in_stack = isinstance(module, (nn.ModuleList, nn.Sequential))
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if not in_stack or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                visit(child, path, stage)  # a list of lists is never called itself: look inside
+            elif not stage and (inner := _stack_of_stage(child)):
+                stages[path] = child
+                visit(getattr(child, inner), f"{path}.{inner}", True)
+            elif any(True for part in child.modules() for _ in _own_tensors(part)):
+                layers[path] = child
+
+    visit(model, "", False)
+    return layers, stages
+
+
+def _stack_of_stage(module: nn.Module) -> str | None:
+    """Name of the child stack that makes `module` a stage of layers rather than a layer, or None."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1:
+            classes = {type(member) for member in child}
+            size = sum(parameter.numel() for parameter in child.parameters())
+            if len(classes) == 1 and any(True for _ in child[0].children()) and 2 * size > total:
+                return name
+    return None
+
+
+def _enclosing(name: str, paths: dict[str, nn.Module]) -> str | None:
+    """The path among `paths` that is `name` or one of its ancestors."""
+    while name:
+        if name in paths:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+def _position(name: str, layers: dict[str, nn.Module], model: nn.Module) -> str:
+    """Key of what is in no layer: how many stacks of layers come before it in the order of the model's modules."""
+    stacks: list[str] = []
+    for path, _ in model.named_modules(remove_duplicate=False):
+        if path == name:
+            break
+        if path in layers and path.rpartition(".")[0] not in stacks:
+            stacks.append(path.rpartition(".")[0])
+    return f"#{len(stacks)}"
+
+
+def _rest_name(key: str, groups: dict[str, _Members], has_layers: bool) -> str:
+    rest = [other for other in groups if other.startswith("#")]
+    if not has_layers:
+        return "model"
+    if key == "#0":
+        return "embeddings"
+    return "head" if key == rest[-1] else f"between.{key[1:]}"
+
+
+def _users(model: nn.Module, groups: dict[str, _Members]) -> dict[str, tuple[nn.Module, ...]]:
+    """For each group, the modules that own one of its tensors under any name."""
+    key_of = {
+        id(tensor): key for key, group in groups.items() for tensor in (*group.parameters.values(), *group.buffers)
+    }
+    users: dict[str, dict[int, nn.Module]] = {key: {} for key in groups}
+    for module in model.modules():
+        for _, tensor in _own_tensors(module):
+            users[key_of[id(tensor)]][id(module)] = module
+    return {key: tuple(modules.values()) for key, modules in users.items()}

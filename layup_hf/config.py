@@ -1,0 +1,144 @@
+"""The options, and what cannot be combined with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+_STEPS_ITSELF = {
+    name
+    for name in OptimizerNames
+    if "layerwise" in name.value or "lomo" in name.value or "schedule_free" in name.value
+}
+
+
+@dataclass
+class LayupOptions:
+    """The options of LayUp alone, to be combined with any subclass of `TrainingArguments`:
+
+    @dataclass
+    class MyConfig(LayupOptions, SFTConfig): ...
+    """
+
+    peers_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Offers per block and step. Unset: one to every peer, up to 7, as reads on one host are cheap."
+        },
+    )
+    windows: str = field(
+        default="auto",
+        metadata={"help": "How peers read each other's blocks: `auto` or `shared` (workers of one host)."},
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        super_post_init = getattr(super(), "__post_init__", None)
+        if super_post_init is not None:
+            super_post_init()
+
+
+@dataclass
+class LayupConfig(LayupOptions, TrainingArguments):
+    """`TrainingArguments` with the options of LayUp. A plain `TrainingArguments` gets the defaults of these options."""
+
+
+def check_options(args: Any) -> None:
+    """Refuse values of LayUp's own options, and combinations that the arguments alone show to be impossible.
+
+    Raises:
+        ValueError: Naming the options and the remedy.
+    """
+    peers = getattr(args, "peers_per_step", None)
+    if peers is not None and peers < 1:
+        raise ValueError(
+            f"peers_per_step={peers}: a worker must offer to at least one peer. Leave it unset for the default."
+        )
+    windows = getattr(args, "windows", "auto")
+    if windows not in ("auto", "shared"):
+        raise ValueError(f"windows={windows!r} is unknown: use 'auto' or 'shared'.")
+
+    for option, what in _REFUSED.items():
+        if getattr(args, option, None):
+            raise ValueError(
+                f"`{option}` and LayUp exclude each other: {what}. Remove `{option}`, or train with the stock "
+                "`Trainer`."
+            )
+    checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "`activation_checkpointing_kwargs={'use_reentrant': True}` and LayUp exclude each other: reentrant "
+            "checkpointing runs backward inside backward, so a block would be stepped twice. Set `use_reentrant` to "
+            "False."
+        )
+    optim = getattr(args, "optim", None)
+    if optim in _STEPS_ITSELF or optim in {name.value for name in _STEPS_ITSELF}:
+        name = getattr(optim, "value", optim)
+        raise ValueError(
+            f"`optim={name!r}` and LayUp exclude each other: this optimizer steps inside backward itself, or switches "
+            "between training and evaluation weights. Choose one that keeps its state per parameter, such as "
+            "'adamw_torch'."
+        )
+
+
+_REFUSED = {
+    "deepspeed": "DeepSpeed shards the model or its optimizer over the workers, LayUp trains a full replica on each",
+    "fsdp": "FSDP shards the model over the workers, LayUp trains a full replica on each",
+    "parallelism_config": "tensor and context parallelism split one model over the workers, LayUp trains a full "
+    "replica on each",
+    "fp16": "loss scaling needs all gradients at once. Use `bf16` or fp32",
+    "torch_compile": "a model compiled as a whole does not complete its gradients block by block",
+}
+
+
+def check_runtime(trainer: Any) -> None:
+    """Refuse what only the running process shows: the launcher's settings and the devices.
+
+    Raises:
+        ValueError: Naming the setting and the remedy.
+    """
+    args = trainer.args
+    distributed = trainer.accelerator.distributed_type.value
+    if distributed in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP"):
+        raise ValueError(
+            f"The launcher asks for {distributed}, which LayUp excludes: every worker trains a full replica. Launch "
+            "with `accelerate launch --multi_gpu --num_processes N`, without a plugin for sharding."
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
+            "replica. Load it without."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs and would use DataParallel, which LayUp excludes. Start one process "
+            f"per GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py`."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "`auto_find_batch_size` and LayUp with several workers exclude each other: one worker that runs out of "
+            "memory would start again alone. Find the batch size with one process, then set "
+            "`per_device_train_batch_size`."
+        )
+
+
+def check_data(dataset: Any, batch_size: int, world_size: int) -> None:
+    """Refuse a training set that has fewer batches than there are workers.
+
+    Raises:
+        ValueError: With the numbers and the remedy.
+    """
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return
+    batches = -(-len(dataset) // batch_size)
+    if batches < world_size:
+        raise ValueError(
+            f"The training set has {len(dataset)} samples, {batches} batches of {batch_size}: fewer than the "
+            f"{world_size} workers. Start at most {max(batches, 1)} workers, lower `per_device_train_batch_size`, or "
+            "train on more data."
+        )

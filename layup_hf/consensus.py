@@ -1,0 +1,92 @@
+"""Consensus points: for a moment, all workers hold one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+
+from .blocks import Block
+from .ledger import Ledger
+from .mixing import UNIT
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What a consensus point found.
+
+    Attributes:
+        distance: Consensus distance before it: `sqrt(mean_i |x_i - mean|^2) / |mean|` over all parameters.
+        mass: Mass of all workers together, in units of one worker's share: exactly the number of workers.
+        mass_min: Smallest effective mass of a worker on a block.
+        mass_max: Largest effective mass of a worker on a block.
+    """
+
+    distance: float
+    mass: float
+    mass_min: float
+    mass_max: float
+
+    def figures(self) -> dict[str, float]:
+        """For the logs."""
+        return {
+            "layup/consensus_distance": self.distance,
+            "layup/mass": self.mass,
+            "layup/mass_min": self.mass_min,
+            "layup/mass_max": self.mass_max,
+        }
+
+
+@torch.no_grad()
+def reach_consensus(blocks: Sequence[Block], ledger: Ledger) -> Consensus:
+    """Replace every worker's model by the mass-weighted mean of all, block by block. Collective.
+
+    The mean counts each worker with its effective mass, so offers that were not yet taken are not lost; they are
+    settled and every worker starts again with one `UNIT`. Needs memory for a few copies of one block, not for a second
+    model.
+
+    Raises:
+        RuntimeError: Mass was not conserved.
+    """
+    PartialState().wait_for_everyone()  # nobody gossips from here on
+    masses = torch.tensor(gather_object([ledger.masses()[:, ledger.rank].tolist()]))  # int64 [workers, blocks]
+    totals = masses.sum(dim=0)
+    expected = len(masses) * UNIT
+    if not bool((totals == expected).all()):
+        raise RuntimeError(
+            f"Mass is not conserved: {totals.tolist()} units by block instead of {expected}. The ledger was written by "
+            "somebody else, or a worker gossiped during a consensus point. Please report this."
+        )
+    ledger.settle()  # everybody has read the ledger; the reductions below keep everybody here until all have settled
+
+    squares = torch.zeros(2, dtype=torch.float64)  # |x - mean|^2 and |mean|^2
+    for block in blocks:
+        tensors = block.tensors
+        mine = _flatten(tensors)
+        mean = reduce(mine * (int(masses[ledger.rank, block.index]) / expected), "sum")
+        squares += torch.stack([(mine - mean).square().sum(), mean.square().sum()]).double().cpu()
+        _assign(tensors, mean)
+    deviations = sum(gather_object([squares[0].item()]))
+    distance = (deviations / len(masses) / max(squares[1].item(), torch.finfo(torch.float64).tiny)) ** 0.5
+    return Consensus(
+        distance=distance,
+        mass=int(totals.max()) / UNIT,
+        mass_min=int(masses.min()) / UNIT,
+        mass_max=int(masses.max()) / UNIT,
+    )
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of a block, in fp32 or better: a mean in bf16 would lose what workers learnt since the last one."""
+    precision = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.cat([tensor.reshape(-1).to(precision) for tensor in tensors])
+
+
+def _assign(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))

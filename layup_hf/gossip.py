@@ -1,0 +1,78 @@
+"""The exchange itself: what one worker does at a block's boundary and before its forward."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from .blocks import Block
+from .mixing import UNIT, merge_weight, share
+from .topology import PeerSampler
+from .windows.base import PeerWindows
+
+
+class GossipEngine:
+    """Offers this worker's blocks to peers and merges theirs. Never waits.
+
+    Both calls are made by the training thread, at moments when autograd holds no copy of the block that it will still
+    use.
+
+    Args:
+        blocks: The model's blocks, after the windows have been opened.
+        windows: What this worker can see of its peers.
+        sampler: Who is offered to.
+
+    Attributes:
+        counts: Totals since the start: `merges`, `offers`, `skipped_offers`, `bytes_read`.
+    """
+
+    def __init__(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> None:
+        self._windows = windows
+        self._ledger = windows.ledger
+        self._sampler = sampler
+        self._mine = [block.tensors for block in blocks]
+        self._bytes = [block.num_bytes for block in blocks]
+        self._staleness: Counter[int] = Counter()
+        self.counts = Counter(merges=0, offers=0, skipped_offers=0, bytes_read=0)
+
+    @torch.no_grad()
+    def merge(self, block: Block) -> None:
+        """Take every pending offer of `block`: move towards the peer's live block by the weight of its mass."""
+        ledger, index = self._ledger, block.index
+        for peer, units in ledger.pending(index):
+            theirs = self._windows.read(peer, index)
+            if theirs is None:
+                continue
+            weight = merge_weight(units, ledger.own(index), ledger.untaken(index))
+            torch._foreach_lerp_(self._mine[index], theirs, weight)
+            ledger.take(index, peer, units)
+            self._staleness[ledger.staleness(index, peer)] += 1
+            self.counts["merges"] += 1
+            self.counts["bytes_read"] += self._bytes[index]
+
+    def offer(self, block: Block) -> None:
+        """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none."""
+        ledger, index = self._ledger, block.index
+        ledger.count_step(index)
+        peers = self._sampler.sample(ledger.eligible(index))
+        units = share(ledger.own(index), len(peers)) if peers else 0
+        if units:
+            for peer in peers:
+                ledger.offer(index, peer, units)
+        offered = len(peers) if units else 0
+        self.counts["offers"] += offered
+        self.counts["skipped_offers"] += self._sampler.count - offered
+
+    def figures(self) -> dict[str, float]:
+        """What the logs say: totals, masses in units of one worker's share, staleness since the last call."""
+        masses = self._ledger.masses() / UNIT
+        figures = {f"layup/{name}": float(count) for name, count in self.counts.items()}
+        figures["layup/mass_min"] = float(masses.min())
+        figures["layup/mass_max"] = float(masses.max())
+        if self._staleness:
+            figures["layup/staleness"] = float(statistics.median(self._staleness.elements()))
+            self._staleness.clear()
+        return figures

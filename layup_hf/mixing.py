@@ -1,0 +1,41 @@
+"""Push-sum arithmetic in integers: how much mass an offer carries and how much a merge weighs.
+
+A worker's *mass* on a block (the push-sum weight of Kempe et al., FOCS 2003) is a whole number of units, so that mass
+is conserved exactly, not up to rounding. Nothing here knows about processes, tensors or the network.
+"""
+
+from __future__ import annotations
+
+UNIT = 2**40
+"""Mass of every worker on every block at a consensus point."""
+
+MODULUS = 2**64
+"""Ledger entries are cumulative and wrap around; differences are taken modulo this."""
+
+
+def share(own: int, receivers: int) -> int:
+    """Mass that each of `receivers` peers is offered, in units; what remains with the offering worker is at least as
+    much.
+
+    Half of the mass for one peer, a third each for two: after all took their offers, everybody holds an equal part.
+    Zero if there is too little mass to divide.
+    """
+    if own < 0 or receivers < 1:
+        raise ValueError(f"Mass {own} cannot be divided among {receivers} receivers.")
+    return own // (receivers + 1)
+
+
+def merge_weight(offered: int, own: int, untaken: int) -> float:
+    """Weight of a peer's block in a merge, between 0 and 1: `offered / (own + untaken + offered)`.
+
+    What this worker has offered to others and they have not yet taken still stands for its live weights, so it counts
+    with its own mass. Then `sum_i (own_i + untaken_i) * x_i` over all workers is the same before and after the merge.
+    """
+    if offered <= 0 or own < 0 or untaken < 0:
+        raise ValueError(f"Cannot merge an offer of {offered} with own mass {own} and untaken offers {untaken}.")
+    return offered / (own + untaken + offered)
+
+
+def difference(later: int, earlier: int) -> int:
+    """`later - earlier` of two cumulative ledger entries that may have wrapped around."""
+    return (later - earlier) % MODULUS

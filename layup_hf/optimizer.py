@@ -1,0 +1,135 @@
+"""One torch optimizer to the outside, stepped block by block inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    """Steps one block at a time with the optimizer that the Trainer would have used for the whole model.
+
+    There is one inner optimizer, with its own class, arguments, parameter groups and state. To step a block, the inner
+    optimizer is shown only that block's share of each group for the duration of one `step()` call: one
+    foreach or fused call per block. `param_groups`, `state` and `state_dict()` are the inner optimizer's own, so
+    schedulers, loggers and checkpoints see exactly what they would see without blocks.
+
+    Args:
+        inner: The optimizer over all trainable parameters. Its state, if it has any, is kept.
+        blocks: The model's blocks; together they must hold every parameter of `inner`.
+
+    Attributes:
+        before_step: Called first by `step()`; completes the blocks that backward left incomplete.
+
+    Raises:
+        ValueError: `inner` cannot be stepped block by block, or has parameters that are in no block.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, blocks: Sequence[Block]) -> None:
+        # torch.optim.Optimizer.__init__ would create groups and state of its own; both are the inner optimizer's.
+        refuse_unsteppable(inner)
+        self.inner = inner
+        self.before_step: Callable[[], None] = lambda: None
+        self._blocks = list(blocks)
+        self._stepped = [False] * len(self._blocks)
+        self._verified = [False] * len(self._blocks)
+        self._members = self._assign_members()
+
+    def _assign_members(self) -> list[list[tuple[int, list[Tensor]]]]:
+        """For each block: (group number, the group's parameters in this block)."""
+        block_of = {id(parameter): block.index for block in self._blocks for parameter in block.parameters}
+        members: list[dict[int, list[Tensor]]] = [{} for _ in self._blocks]
+        for number, group in enumerate(self.inner.param_groups):
+            for parameter in group["params"]:
+                index = block_of.get(id(parameter))
+                if index is None:
+                    raise ValueError(
+                        f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is in no block: it is "
+                        "frozen, or not the model's. Give the optimizer only parameters of the model with "
+                        "`requires_grad=True`."
+                    )
+                members[index].setdefault(number, []).append(parameter)
+        return [list(groups.items()) for groups in members]
+
+    def step_block(self, block: Block) -> None:
+        """Step the parameters of `block` with the gradients that they have, then free these gradients."""
+        inner, groups = self.inner, self.inner.param_groups
+        shares = [{**groups[number], "params": params} for number, params in self._members[block.index]]
+        inner.param_groups = shares
+        try:
+            inner.step()
+        finally:
+            inner.param_groups = groups
+        if not self._verified[block.index]:
+            self._verify(block, shares)
+        for parameter in block.parameters:
+            parameter.grad = None
+        self._stepped[block.index] = True
+
+    def _verify(self, block: Block, shares: list[dict[str, Any]]) -> None:
+        """State kept in a group (a step counter, say) would be lost, or counted once per block."""
+        for (number, _), share in zip(self._members[block.index], shares, strict=True):
+            group = self.inner.param_groups[number]
+            changed = [key for key in share if key != "params" and (key not in group or share[key] is not group[key])]
+            if changed:
+                raise ValueError(
+                    f"{type(self.inner).__name__} keeps state in its parameter groups ({', '.join(changed)}), which "
+                    "cannot be stepped block by block. Choose an optimizer that keeps its state per parameter, such as "
+                    "adamw_torch."
+                )
+        self._verified[block.index] = True
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every block that has not been stepped since the last call."""
+        if closure is not None:
+            raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
+        self.before_step()
+        for block in self._blocks:
+            if not self._stepped[block.index]:
+                self.step_block(block)
+        self._stepped = [False] * len(self._blocks)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ValueError(
+            "A parameter group cannot be added after the blocks have been made. Unfreeze what is to be trained first."
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    def __repr__(self) -> str:
+        return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
+
+
+def refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` for an optimizer whose step needs the whole model at once."""
+    name = type(optimizer).__name__
+    whole_model = isinstance(optimizer, torch.optim.LBFGS) or name in {"LOMO", "AdaLOMO", "Lomo", "AdaLomo"}
+    if whole_model or name.startswith("LayerWiseDummy") or hasattr(optimizer, "train"):
+        raise ValueError(
+            f"{name} cannot be stepped block by block: it steps inside backward itself, evaluates the model again, or "
+            "switches between training and evaluation weights. Choose another `optim`, such as adamw_torch."
+        )

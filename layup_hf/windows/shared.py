@@ -1,0 +1,250 @@
+"""Windows between workers of one host: parameters live in memory that the peers map."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.multiprocessing  # registers how ForkingPickler sends CUDA tensors
+from torch import Tensor
+
+from ..blocks import Block
+from ..ledger import Ledger
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+_T = TypeVar("_T")
+
+Gather = Callable[[Any], list[Any]]
+"""Collects one object from every worker, in the order of ranks. Collective."""
+
+
+@dataclass
+class _Export:
+    """What a worker tells its peers so that they can map its memory."""
+
+    host: str
+    specification: list[tuple[str, tuple[int, ...], str, str]]
+    parameters: _Segment | None = None
+    ledger: _Segment | None = None
+    handles: list[bytes | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A piece of anonymous memory: no name in any file system, gone with the last process that maps it."""
+
+    process: int
+    descriptor: int
+    inode: int
+    num_bytes: int
+
+    @classmethod
+    def create(cls, num_bytes: int) -> _Segment:
+        """Reserve memory now, so that too little of it is an error here and not a crash later."""
+        descriptor = os.memfd_create("layup_hf", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise MemoryError(
+                f"Cannot reserve {num_bytes / 2**20:.0f} MiB of shared memory for the parameters: {error.strerror}. "
+                "Start fewer workers on this host, use a smaller model, or raise the memory limit of the container."
+            ) from error
+        return cls(os.getpid(), descriptor, os.fstat(descriptor).st_ino, num_bytes)
+
+    def map(self, *, writable: bool) -> mmap.mmap:
+        """Map the segment, from its own process or from another one of the same user."""
+        path = f"/proc/{self.process}/fd/{self.descriptor}"
+        try:
+            descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as error:
+            raise ValueError(
+                f"Cannot map the memory of worker process {self.process} ({error.strerror}). Workers with shared "
+                "windows must run as one user in one container, and the peer must be alive."
+            ) from error
+        try:
+            if os.fstat(descriptor).st_ino != self.inode:
+                raise ValueError(
+                    f"Process {self.process} is not the worker it should be: run all workers in one container."
+                )
+            return mmap.mmap(descriptor, self.num_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Close the descriptor in the process that created the segment; mappings stay."""
+        os.close(self.descriptor)
+
+
+class SharedWindows:
+    """Reads peers on the same host in place: no copy, no thread, no socket.
+
+    On the CPU, parameters are moved into anonymous shared memory (a Linux memfd: /dev/shm and its size do not matter,
+    and nothing can be left behind), which keeps the identity of every `Parameter`. Peers map it for reading only. On
+    CUDA, parameters stay where they are and peers open them by CUDA IPC; between two GPUs, `read` copies one block.
+
+    Make it with `SharedWindows.open`.
+    """
+
+    def __init__(self, ledger: Ledger, peers: list[list[list[Tensor]]], devices: list[torch.device]) -> None:
+        self.ledger = ledger
+        self._peers = peers
+        self._devices = devices
+
+    @classmethod
+    def open(cls, blocks: Sequence[Block], rank: int, gather: Gather) -> SharedWindows:
+        """Export this worker's blocks and map those of all peers. Collective: every worker returns, or every worker
+        raises.
+
+        Raises:
+            ValueError: The workers are on several hosts or hold different models, or this is not Linux.
+            MemoryError: There is not enough memory to share.
+        """
+        if not sys.platform.startswith("linux"):
+            raise ValueError(f"Shared windows need Linux, not {sys.platform}. Train with one process, or on Linux.")
+        export = _Export(_host(), _specification(blocks))
+        exports: list[_Export] = gather(export)
+        _require_one_host([other.host for other in exports])
+        _require_one_model([other.specification for other in exports])
+
+        def share() -> None:
+            export.parameters, export.handles = _share(blocks)
+            if rank == 0:
+                export.ledger = _Segment.create(8 * Ledger.size(len(blocks), len(exports)))
+
+        def connect() -> SharedWindows:
+            assert exports[0].ledger is not None
+            memory = np.frombuffer(exports[0].ledger.map(writable=True), dtype=np.uint64)
+            ledger = Ledger(memory, len(blocks), len(exports), rank)
+            peers = [_map_blocks(blocks, other) if peer != rank else [] for peer, other in enumerate(exports)]
+            return cls(ledger, peers, [block.tensors[0].device for block in blocks])
+
+        try:
+            _together(share, gather)
+            exports = gather(export)
+            return _together(connect, gather)
+        finally:
+            for segment in (export.parameters, export.ledger):
+                if segment is not None:
+                    segment.release()
+
+    def read(self, peer: int, block: int) -> Sequence[Tensor]:
+        """The peer's live block: its own memory on this device, else a copy of it."""
+        theirs, device = self._peers[peer][block], self._devices[block]
+        if theirs[0].device == device:
+            return theirs
+        return [tensor.to(device, non_blocking=True) for tensor in theirs]
+
+    def close(self) -> None:
+        self._peers = []
+
+
+def _host() -> str:
+    """Names this machine and, within it, this container."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{os.uname().nodename} ({file.read().strip()[:8]}, {os.readlink('/proc/self/ns/pid')})"
+
+
+def _specification(blocks: Sequence[Block]) -> list[tuple[str, tuple[int, ...], str, str]]:
+    """Block, shape, dtype and kind of device of every tensor: what must be the same for all workers."""
+    return [
+        (block.name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type)
+        for block in blocks
+        for tensor in block.tensors
+    ]
+
+
+def _require_one_host(hosts: list[str]) -> None:
+    if len(set(hosts)) > 1:
+        places = "; ".join(f"rank {rank} on {host}" for rank, host in enumerate(hosts))
+        raise ValueError(
+            f"Shared windows need all workers on one host and in one container, but found {places}. Start all workers "
+            "with one `accelerate launch` on one machine."
+        )
+
+
+def _require_one_model(specifications: list[list[tuple[str, tuple[int, ...], str, str]]]) -> None:
+    for rank, other in enumerate(specifications):
+        if other == specifications[0]:
+            continue
+        pairs = zip(specifications[0], other, strict=False)
+        first = next(((mine, its) for mine, its in pairs if mine != its), (len(specifications[0]), len(other)))
+        raise ValueError(
+            f"Worker {rank} has a different model than worker 0: {first[1]} instead of {first[0]}. All workers must "
+            "build the model from the same configuration, with the same parameters frozen."
+        )
+
+
+def _together(action: Callable[[], _T], gather: Gather) -> _T:
+    """Do `action` on every worker; if it fails on one, raise on all, so that none is left waiting."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failures = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise RuntimeError(f"Worker {rank} could not open its windows: {message}")
+    return result  # type: ignore[return-value]
+
+
+def _share(blocks: Sequence[Block]) -> tuple[_Segment | None, list[bytes | None]]:
+    """Make the blocks' tensors visible to peers; CPU tensors move into one segment, in place."""
+    tensors = [tensor for block in blocks for tensor in (*block.parameters, *block.buffers)]
+    offsets, total = _layout(tensors)
+    handles = [bytes(ForkingPickler.dumps(tensor.detach())) if tensor.is_cuda else None for tensor in tensors]
+    if total == 0:
+        return None, handles
+    segment = _Segment.create(total)
+    memory = segment.map(writable=True)
+    with torch.no_grad():
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            if offset is not None:
+                tensor.data = _view(memory, tensor, offset).copy_(tensor.data)
+    return segment, handles
+
+
+def _map_blocks(blocks: Sequence[Block], export: _Export) -> list[list[Tensor]]:
+    """A peer's tensors, block by block, in the order of `Block.tensors`."""
+    tensors = [tensor for block in blocks for tensor in block.tensors]
+    offsets, _ = _layout(tensors)
+    memory = export.parameters.map(writable=False) if export.parameters else None
+    mapped = iter(
+        pickle.loads(handle) if handle is not None else tensor if offset is None else _view(memory, tensor, offset)
+        for tensor, offset, handle in zip(tensors, offsets, export.handles, strict=True)
+    )
+    return [[next(mapped) for _ in block.tensors] for block in blocks]
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple[list[int | None], int]:
+    """Byte offset of each CPU tensor in its worker's segment (None: not in it), and the segment's size."""
+    offsets: list[int | None] = []
+    end = 0
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            offsets.append(None)
+            continue
+        offsets.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def _view(memory: mmap.mmap | None, like: Tensor, offset: int) -> Tensor:
+    """A contiguous tensor of the shape and dtype of `like`, with a storage of its own, at `offset` of `memory`."""
+    assert memory is not None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # a peer's: for reading only
+        flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset)
+    return flat.view(like.shape)
