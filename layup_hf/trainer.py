@@ -91,11 +91,11 @@ class LayupMixin:
         return prepared
 
     def _start_gossip(self) -> None:
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            broadcast(tensor.data)
         self._agreed_at = self.state.global_step
         rank, world_size = self.args.process_index, self.args.world_size
         self._windows = SharedWindows.open(self._blocks, rank, lambda item: gather_object([item]))
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
         self._engine = GossipEngine(self._blocks, self._windows, sampler)
         logger.info(
