@@ -164,11 +164,9 @@ class LayupMixin:
         start_time: Any,
         **kwargs: Any,
     ) -> None:
-        if self._engine is not None:
-            if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-                self._log_without_waiting(tr_loss, grad_norm, start_time, **kwargs)
-            if self.control.should_evaluate or self.control.should_save:
-                self._reach_consensus()
+        new_steps = self.state.global_step > self._globalstep_last_logged
+        if self._engine is not None and self.control.should_log and new_steps:
+            self._log_without_waiting(tr_loss, grad_norm, start_time, **kwargs)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, **kwargs)
 
     def _log_without_waiting(
@@ -191,8 +189,8 @@ class LayupMixin:
         self.log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._reach_consensus()
         if self._engine is not None:
-            self._reach_consensus()
             self._stop_gossip()
             self._tr_loss, total = reduce(
                 [self._tr_loss, torch.tensor(self._total_loss_scalar, device=self.args.device)]
@@ -203,19 +201,27 @@ class LayupMixin:
     # ---- Consensus points ----
 
     def _reach_consensus(self) -> None:
-        """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
-        if self._agreed_at == self.state.global_step:
+        """During training, make all workers hold the mass-weighted mean, and log what was found. Collective."""
+        if self._engine is None or self._agreed_at == self.state.global_step:
             return  # an evaluation and a save after the same step share one consensus point
         self._agreed_at = self.state.global_step
         self._require_same_parameters()
-        consensus = reach_consensus(self._blocks, self._windows.ledger)
-        self.log(consensus.figures())
+        self.log(reach_consensus(self._blocks, self._windows.ledger).figures())
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the consensus model on rank 0. During training this is a consensus point: call it on every rank."""
-        if self._engine is not None and not _internal_call:
-            self._reach_consensus()
-        super().save_model(output_dir, _internal_call)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
+        self._reach_consensus()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
+        self._reach_consensus()
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
+        self._reach_consensus()
+        super().save_model(*args, **kwargs)
 
 
 class LayupTrainer(LayupMixin, Trainer):

@@ -31,6 +31,7 @@ class Run:
 
     def __init__(self, script: str | Path, processes: int, arguments: list[str], folder: Path) -> None:
         self.name = uuid.uuid4().hex
+        self.folder = folder
         self.log = folder / "log.txt"
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
@@ -40,6 +41,7 @@ class Run:
         environment = {
             **os.environ,
             "LAYUP_TEST_RUN": self.name,
+            "LAYUP_TEST_RESULTS": str(folder),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "TMPDIR": str(self.temporary),
@@ -101,9 +103,8 @@ class Run:
         assert not files, f"temporary files left: {files}"
 
     def results(self) -> list[dict]:
-        """What each worker printed behind `RESULT `, in the order of ranks."""
-        lines = [line.partition("RESULT ")[2] for line in self.output.splitlines() if "RESULT " in line]
-        return sorted((json.loads(line) for line in lines), key=lambda result: result["rank"])
+        """What each worker wrote into `result-RANK.json`, in the order of ranks."""
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("result-*.json"))]
 
 
 def shared_memory_files() -> set[str]:

@@ -1,10 +1,12 @@
-"""Trains a tiny GPT-2 with LayupTrainer and prints what a test wants to know."""
+"""Trains a tiny GPT-2 with LayupTrainer and writes what a test wants to know."""
 
 import json
+import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -113,5 +115,5 @@ result["logs"] = trainer.state.log_history
 if rank == 0:
     result["saved_is_model"] = torch.equal(values(GPT2LMHeadModel.from_pretrained(config.output_dir)), values(model))
 result["hooks_left"] = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
-print("RESULT", json.dumps(result), flush=True)
+Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{rank}.json").write_text(json.dumps(result))
 trainer.end()

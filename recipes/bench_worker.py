@@ -1,0 +1,169 @@
+"""One worker of `bench.py`: trains the same model by several methods in turn and says how fast, and how large.
+
+Launched by `bench.py`; writes a list with one dict per round and method into `FOLDER/worker-RANK.json`.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from corpus import load_corpus
+from model import make_config, make_model
+from tokens import cache_folder, cached_tokenizer, collate, make_blocks
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from layup_hf import LayupConfig, LayupTrainer
+
+WARM_UP = 5  # steps not counted: allocator, caches, the optimizer's first state
+
+
+class AloneTrainer(LayupTrainer):
+    """Every worker for itself: what LayUp would be if communication cost nothing."""
+
+    def _start_gossip(self) -> None:
+        pass
+
+
+METHODS = {"layup": LayupTrainer, "ddp": Trainer, "alone": AloneTrainer}
+
+
+class Stopwatch(TrainerCallback):
+    """Notes when each step ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.times: list[float] = []
+        self.device = device
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        if len(self.times) in (0, WARM_UP) and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.times[-1] = time.perf_counter()
+
+
+class PeakMemory:
+    """Largest memory of this process in bytes, over what it was at the start.
+
+    On CUDA, what the allocator handed out. On the CPU, the proportional set size, sampled by a thread: a page shared by
+    several workers counts for each of them by its share, so that the sum over workers is what they really take.
+    """
+
+    def __init__(self, device: torch.device, sample: bool) -> None:
+        self.device, self.sample = device, sample and device.type == "cpu"
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak = self.start = self._proportional_set_size() if self.sample else 0
+        if self.device.type == "cuda":
+            self.start = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if self.sample:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self.sample:
+            self._thread.join()
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated()
+        self.bytes = self.peak - self.start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, self._proportional_set_size())
+
+    @staticmethod
+    def _proportional_set_size() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--block_size", type=int, required=True)
+    parser.add_argument("--config_overrides", default="")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--folder", required=True)
+    options = parser.parse_args()
+
+    logging.set_verbosity_error()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    corpus, cache = load_corpus(), cache_folder()
+    with state.main_process_first():
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, 4096, cache)
+        count = options.steps * options.batch_size * state.num_processes
+        rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
+        blocks = make_blocks(*rows, block_size=options.block_size, most=count, name="training", cache=cache)
+    config = make_config(None, options.config_overrides, tokenizer, options.block_size)
+
+    results = []
+    for turn in range(options.rounds):
+        for method in options.methods.split(","):
+            state.wait_for_everyone()
+            with PeakMemory(state.device, options.memory) as memory:
+                stopwatch = Stopwatch(state.device)
+                args = LayupConfig(
+                    output_dir=options.folder,
+                    use_cpu=state.device.type == "cpu",
+                    max_steps=options.steps,
+                    per_device_train_batch_size=options.batch_size,
+                    learning_rate=1e-3,
+                    seed=turn,
+                    bf16=options.bf16,
+                    logging_steps=options.steps,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    log_level="error",
+                    ddp_find_unused_parameters=False,
+                )
+                trainer = METHODS[method](
+                    model=make_model(None, config, seed=turn),
+                    args=args,
+                    train_dataset=blocks,
+                    data_collator=collate,
+                    callbacks=[stopwatch],
+                )
+                trainer.train()
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            times = stopwatch.times[WARM_UP:]
+            result = {
+                "rank": state.process_index,
+                "round": turn,
+                "method": method,
+                "parameters": trainer.model.num_parameters(),
+                "tokens_per_second": (len(times) - 1)
+                * options.batch_size
+                * options.block_size
+                / (times[-1] - times[0]),
+                "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(times)),
+                "loss": losses[-1],
+                "peak_bytes": memory.bytes,
+            }
+            results.append(result)
+            del trainer
+    Path(options.folder, f"worker-{state.process_index}.json").write_text(json.dumps(results))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
