@@ -52,6 +52,8 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger) -> Consensus:
     Raises:
         RuntimeError: Mass was not conserved.
     """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # merges may still be queued that read what a peer is about to change
     PartialState().wait_for_everyone()  # nobody gossips from here on
     masses = torch.tensor(gather_object([ledger.masses()[:, ledger.rank].tolist()]))  # int64 [workers, blocks]
     totals = masses.sum(dim=0)

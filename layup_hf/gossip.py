@@ -33,6 +33,7 @@ class GossipEngine:
         self._windows = windows
         self._ledger = windows.ledger
         self._sampler = sampler
+        self._blocks = list(blocks)
         self._mine = [block.tensors for block in blocks]
         self._bytes = [block.num_bytes for block in blocks]
         self._staleness: Counter[int] = Counter()
@@ -65,6 +66,21 @@ class GossipEngine:
         offered = len(peers) if units else 0
         self.counts["offers"] += offered
         self.counts["skipped_offers"] += self._sampler.count - offered
+
+    def require_same_memory(self) -> None:
+        """Make sure that the model still lives where the peers read it.
+
+        Raises:
+            RuntimeError: A tensor was replaced, moved, cast or resized since the start.
+        """
+        for block, known in zip(self._blocks, self._mine, strict=True):
+            for tensor, old in zip(block.tensors, known, strict=True):
+                if tensor.data_ptr() != old.data_ptr() or tensor.shape != old.shape or tensor.dtype != old.dtype:
+                    raise RuntimeError(
+                        f"A tensor of block {block.name!r} was replaced during training: {tuple(old.shape)} of "
+                        f"{old.dtype} is now {tuple(tensor.shape)} of {tensor.dtype}, elsewhere in memory, where peers "
+                        "do not see it. Change tensors in place, or resize and cast the model before training."
+                    )
 
     def figures(self) -> dict[str, float]:
         """What the logs say: totals, masses in units of one worker's share, staleness since the last call."""

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,10 +28,13 @@ class Run:
         script: File in `tests/scripts`, or a path.
         processes: Number of workers.
         arguments: For the script.
-        folder: Empty folder for the log and for temporary files.
+        folder: Empty folder for the log, the results and temporary files.
+        prefix: Command that runs the launcher, such as one that changes its surroundings first.
     """
 
-    def __init__(self, script: str | Path, processes: int, arguments: list[str], folder: Path) -> None:
+    def __init__(
+        self, script: str | Path, processes: int, arguments: list[str], folder: Path, prefix: Sequence[str] = ()
+    ) -> None:
         self.name = uuid.uuid4().hex
         self.folder = folder
         self.log = folder / "log.txt"
@@ -46,7 +51,14 @@ class Run:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "TMPDIR": str(self.temporary),
         }
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            f"--num_processes={processes}",
+        ]
         command += [f"--main_process_port={port}", str(SCRIPTS / script), *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -111,10 +123,12 @@ def shared_memory_files() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def run(script: str | Path, processes: int, arguments: list[str], folder: Path, timeout: float = 200) -> Run:
+def run(
+    script: str | Path, processes: int, arguments: list[str], folder: Path, timeout: float = 200, **options: Any
+) -> Run:
     """Run to a successful end, leaving nothing behind."""
     before = shared_memory_files()
-    started = Run(script, processes, arguments, folder)
+    started = Run(script, processes, arguments, folder, **options)
     code = started.wait(timeout)
     assert code == 0, f"exit code {code}:\n{started.output[-8000:]}"
     started.assert_nothing_left()

@@ -1,5 +1,7 @@
 """Real workers carry out a known schedule: weights, masses and consensus against the simulation."""
 
+import subprocess
+
 import pytest
 import torch
 from launching import run
@@ -54,3 +56,16 @@ def test_consensus_distance_is_that_of_its_definition(results):
     deviation = sum((worker - mean).square().sum() for worker in workers) / WORKERS
     expected = float((deviation / mean.square().sum()).sqrt())
     assert [r["distance"] for r in results] == pytest.approx([expected] * WORKERS, rel=1e-5)
+
+
+def can_mount():
+    """Whether this user may have a /dev/shm of its own."""
+    return not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
+def test_a_full_shared_memory_folder_does_not_matter(tmp_path):
+    """Containers often have 64 MB of /dev/shm; here it has one page, and that is full."""
+    full = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
+    results = run("schedule.py", 2, [], tmp_path, prefix=["unshare", "--mount", "sh", "-c", full, "sh"]).results()
+    assert results[0]["consensus"] == results[1]["consensus"]

@@ -120,3 +120,12 @@ def test_staleness_counts_the_steps_of_all_workers_since_the_peer_last_stepped()
         fleet.run(("offer", worker, 0, 1))
     fleet.run(("merge", 1, 0))
     assert sorted(fleet.engines[1]._staleness.elements())[-1] == 3
+
+
+def test_a_tensor_that_peers_no_longer_see_is_noticed():
+    fleet = Fleet(make_models(2))
+    fleet.engines[0].require_same_memory()
+    parameter = fleet.blocks[0][1].parameters[0]
+    parameter.data = parameter.data[:2].clone()
+    with pytest.raises(RuntimeError, match=r"block '1' was replaced during training: \(5, 5\).* now \(2, 5\)"):
+        fleet.engines[0].require_same_memory()

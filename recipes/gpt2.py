@@ -1,0 +1,230 @@
+"""Train a GPT-2 by LayUp, on GPUs or on a few processor cores, and see what it has learnt.
+
+    accelerate launch --multi_gpu --num_processes 2 recipes/gpt2.py
+
+As it is, it trains a small GPT-2 on the sources of Python's standard library for about three minutes. The
+options take it from there: another text, another model, other settings; ``--trainer ddp`` trains the very
+same with the stock Trainer. The output folder gets the model, its tokenizer, ``results.json`` and
+``curve.png``.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from corpus import load_corpus
+from curve import TimedLog, draw_curve, write_results
+from datasets import Dataset
+from model import make_config, make_model, write_sample
+from tokens import cache_folder, cached_tokenizer, collate, make_blocks
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from layup_hf import LayupConfig, LayupTrainer
+
+# The recipe's own defaults for the training options; the command line goes before them.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "gpt2-output",
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1.5e-3,
+    "adam_beta2": 0.95,
+    "lr_scheduler_type": "cosine",
+    # Below 1 these are shares of all steps, so they hold for any length of run.
+    "warmup_steps": 0.1,
+    "logging_steps": 0.02,
+    "eval_steps": 0.125,
+    "eval_strategy": "steps",
+    "logging_first_step": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    # One worker's warnings say it all.
+    "log_level_replica": "error",
+    # No parameter goes unused, so DDP need not look for any.
+    "ddp_find_unused_parameters": False,
+}
+STEPS = 800
+
+
+@dataclass
+class ModelArguments:
+    """Which model, which tokenizer, and who trains it."""
+
+    trainer: Literal["layup", "ddp"] = field(
+        default="layup", metadata={"help": "LayUp, or the stock Trainer with gradient averaging."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to go on training. Unset: a small GPT-2 made anew."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Options of the model's configuration, as in 'n_layer=6,n_embd=256'."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer. Unset: the model's; for a new model one is trained on the text."},
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer trained on the text."})
+    prompt: str = field(default="def", metadata={"help": "What the sample at the end begins with."})
+
+
+@dataclass
+class DataArguments:
+    """Which text, and how it is cut. With none named: the sources of Python's standard library."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a folder with one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Text to train on: .txt, .md, .py, .json or .jsonl (lines), .parquet."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Held-out text. Unset: the last 5 %% of the training text."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens in a sample."})
+    max_train_blocks: int | None = field(default=None, metadata={"help": "Train on so many blocks at most."})
+    max_eval_blocks: int = field(default=256, metadata={"help": "Evaluate on so many blocks at most."})
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, LayupConfig]:
+    """Read the command line. Starts the process group, so call it once."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, LayupConfig))
+    # The process group starts with the training arguments, so the choice of device has to come first.
+    parser.set_defaults(**DEFAULTS, use_cpu=not torch.cuda.is_available(), num_train_epochs=None)
+    if parser.parse_known_args(arguments)[0].num_train_epochs is None:
+        # Steps outrank epochs in the Trainer: only count them if epochs were not asked for.
+        parser.set_defaults(max_steps=STEPS, num_train_epochs=1.0)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Dataset, Dataset]:
+    """Model, tokenizer, training blocks and held-out blocks.
+
+    Raises:
+        ValueError: something in the options or in the text does not fit; the message has a remedy.
+        FileNotFoundError: no such file or dataset.
+    """
+    corpus = load_corpus(
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        text_column=data_args.text_column,
+    )
+    cache = cache_folder()
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, model_args.vocab_size, cache)
+    config = make_config(model_args.model_name_or_path, model_args.config_overrides, tokenizer, data_args.block_size)
+    train, held_out = (
+        make_blocks(
+            rows,
+            corpus.column,
+            tokenizer,
+            corpus.rows_are_documents,
+            block_size=data_args.block_size,
+            most=most,
+            name=which,
+            cache=cache,
+        )
+        for rows, most, which in (
+            (corpus.train, data_args.max_train_blocks, "training"),
+            (corpus.held_out, data_args.max_eval_blocks, "held-out"),
+        )
+    )
+    return make_model(model_args.model_name_or_path, config, seed), tokenizer, train, held_out
+
+
+def tokens_per_step(args: TrainingArguments, block_size: int) -> int:
+    """Tokens which all workers together take in one step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+
+
+def report(
+    trainer: Trainer, timed: TimedLog, final: dict[str, float], model_args: ModelArguments, block_size: int
+) -> None:
+    """Print what came out, and write the results and the curve into the output folder."""
+    args, loss = trainer.args, final["eval_loss"]
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    step = tokens_per_step(args, block_size)
+    results = {
+        "trainer": model_args.trainer,
+        "world_size": args.world_size,
+        "device": args.device.type,
+        "parameters": trainer.model.num_parameters(),
+        "block_size": block_size,
+        "steps": trainer.state.global_step,
+        "tokens_per_step": step,
+        "tokens_seen": trainer.state.global_step * step,
+        "seconds": round(timed.seconds, 3),
+        "eval_loss": loss,
+        "perplexity": perplexity,
+        "points": timed.points,
+    }
+    folder = Path(args.output_dir)
+    write_results(folder / "results.json", results)
+    title = f"{model_args.trainer}, {args.world_size} worker(s), {args.device.type}"
+    drawn = draw_curve(timed.points, title, folder / "curve.png")
+    if math.isfinite(loss):  # a diverged model has no probabilities to draw from
+        print(f"\n{write_sample(folder, model_args.prompt, args.device, args.seed)}\n")
+    print(f"Held-out loss {loss:.3f}, perplexity {perplexity:.1f}, after {timed.seconds:.0f} s of training.")
+    print(f"In {folder}: the model, results.json" + (", curve.png" if drawn else ""))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe with these command-line arguments, those of the process by default."""
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    first = args.process_index == 0
+    if not first:
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+    # The first worker fills the caches, the others find them filled.
+    with args.main_process_first(desc="preparing the text"):
+        model, tokenizer, train, held_out = prepare(model_args, data_args, args.seed)
+    step = tokens_per_step(args, data_args.block_size)
+    if first:
+        print(
+            f"{args.world_size} worker(s) on {args.device.type}, {model_args.trainer}: "
+            f"{model.num_parameters() / 1e6:.1f} M parameters, {len(train):,} + {len(held_out):,} held-out blocks "
+            f"of {data_args.block_size} tokens, {step:,} tokens per step.",
+            flush=True,
+        )
+    timed = TimedLog()
+    trainer = {"layup": LayupTrainer, "ddp": Trainer}[model_args.trainer](
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[timed],
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    final = trainer.evaluate()
+    if first:
+        report(trainer, timed, final, model_args, data_args.block_size)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    # Nobody leaves before the first worker has written everything; and a group destroyed right after a
+    # collective operation can deadlock, its thread waiting for the lock of the interpreter.
+    args.distributed_state.wait_for_everyone()
+    args.distributed_state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
