@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class Block:
         parameters: The trainable parameters. Empty only where the block has nothing but buffers.
         buffers: Floating-point statistics that training itself changes (BatchNorm's running mean and variance).
         modules: The modules whose forward uses the block; the first one to run is the block's first use.
+        completes_late: Whether the last gradient does not show that backward is through with the block: statistics of a
+            normalisation without trainable parameters are still needed by its own backward.
     """
 
     index: int
@@ -28,6 +31,7 @@ class Block:
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]
+    completes_late: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -76,6 +80,7 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
                 group.parameters[f"{module_name}.{name}" if module_name else name] = tensor
             else:
                 group.buffers.append(tensor)
+        group.completes_late |= not any(isinstance(tensor, nn.Parameter) for tensor in tensors.values())
 
     if not any(group.parameters for group in members.values()):
         raise ValueError(
@@ -88,11 +93,12 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
     return [
         Block(
             index=index,
-            name=key if key in layers or key in stages else _rest_name(key, groups, bool(layers)),
+            name=key if key in layers or key in stages else _rest_name(key, layers),
             parameter_names=tuple(group.parameters),
             parameters=tuple(group.parameters.values()),
             buffers=tuple(group.buffers),
-            modules=(layers[key],) if key in layers else users[key],
+            modules=_first_users(layers.get(key), users[key]),
+            completes_late=group.completes_late,
         )
         for index, (key, group) in enumerate(groups.items())
     ]
@@ -104,6 +110,7 @@ class _Members:
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self.buffers: list[Tensor] = []
+        self.completes_late = False
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -161,22 +168,28 @@ def _enclosing(name: str, paths: dict[str, nn.Module]) -> str | None:
 
 def _position(name: str, layers: dict[str, nn.Module], model: nn.Module) -> str:
     """Key of what is in no layer: how many stacks of layers come before it in the order of the model's modules."""
-    stacks: list[str] = []
-    for path, _ in model.named_modules(remove_duplicate=False):
-        if path == name:
-            break
-        if path in layers and path.rpartition(".")[0] not in stacks:
-            stacks.append(path.rpartition(".")[0])
-    return f"#{len(stacks)}"
+    before = itertools.takewhile(lambda path: path != name, (p for p, _ in model.named_modules(remove_duplicate=False)))
+    return f"#{_count_stacks(path for path in before if path in layers)}"
 
 
-def _rest_name(key: str, groups: dict[str, _Members], has_layers: bool) -> str:
-    rest = [other for other in groups if other.startswith("#")]
-    if not has_layers:
+def _count_stacks(layers: Iterable[str]) -> int:
+    return len({path.rpartition(".")[0] for path in layers})
+
+
+def _rest_name(key: str, layers: dict[str, nn.Module]) -> str:
+    if not layers:
         return "model"
     if key == "#0":
         return "embeddings"
-    return "head" if key == rest[-1] else f"between.{key[1:]}"
+    return "head" if key == f"#{_count_stacks(layers)}" else f"between.{key[1:]}"
+
+
+def _first_users(layer: nn.Module | None, users: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """A layer's forward comes before that of the users inside it; those outside may come first."""
+    if layer is None:
+        return users
+    inside = set(layer.modules())
+    return (layer, *(user for user in users if user not in inside))
 
 
 def _users(model: nn.Module, groups: dict[str, _Members]) -> dict[str, tuple[nn.Module, ...]]:

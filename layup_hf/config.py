@@ -77,7 +77,7 @@ def check_options(args: Any) -> None:
             "False."
         )
     optim = getattr(args, "optim", None)
-    if optim in _STEPS_ITSELF or optim in {name.value for name in _STEPS_ITSELF}:
+    if optim in _STEPS_ITSELF:
         name = getattr(optim, "value", optim)
         raise ValueError(
             f"`optim={name!r}` and LayUp exclude each other: this optimizer steps inside backward itself, or switches "

@@ -45,7 +45,9 @@ class BlockHooks:
         self._on_block_ready = on_block_ready
         self._before_forward = before_forward
         self._is_synchronizing = is_synchronizing
-        self._missing = [len(block.parameters) for block in self._blocks]
+        self._expected = [len(block.parameters) + block.completes_late for block in self._blocks]
+        self._missing = list(self._expected)
+        self._arrived: set[tuple[int, int]] = set()  # (block, parameter) whose gradient is there
         self._in_use = [False] * len(self._blocks)
         self._handles: list[RemovableHandle] = []
 
@@ -54,8 +56,8 @@ class BlockHooks:
         if self._handles:
             raise RuntimeError("These hooks are installed already: call remove() first.")
         for block in self._blocks:
-            on_gradient = self._gradient_hook(block)
-            for parameter in block.parameters:
+            for number, parameter in enumerate(block.parameters):
+                on_gradient = self._gradient_hook(block, number)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(on_gradient))
             before_forward = self._forward_hook(block)
             for module in block.modules:
@@ -79,26 +81,28 @@ class BlockHooks:
     def finish_backward(self) -> None:
         """Complete the blocks that backward left incomplete, last block first, and get ready for the next step."""
         for block in reversed(self._blocks):
-            if self._missing[block.index] > 0 or not block.parameters:
+            if self._missing[block.index]:
                 self._complete(block)
-        self._missing[:] = [len(block.parameters) for block in self._blocks]
+        self._missing[:] = self._expected
+        self._arrived.clear()
 
-    def _gradient_hook(self, block: Block) -> Callable[[Tensor], None]:
-        index, missing, is_synchronizing = block.index, self._missing, self._is_synchronizing
+    def _gradient_hook(self, block: Block, number: int) -> Callable[[Tensor], None]:
+        index, key = block.index, (block.index, number)
+        missing, arrived, is_synchronizing = self._missing, self._arrived, self._is_synchronizing
 
         def on_gradient(_: Tensor) -> None:
             if not is_synchronizing():
                 return
+            if key in arrived:
+                raise RuntimeError(
+                    f"{block.parameter_names[number]!r} received a second gradient before optimizer.step(). Reentrant "
+                    "activation checkpointing may do that: set `activation_checkpointing_kwargs={'use_reentrant': "
+                    "False}`. So does a second backward(): accumulate with `gradient_accumulation_steps` instead."
+                )
+            arrived.add(key)
             missing[index] -= 1
             if missing[index] == 0:
                 self._complete(block)
-            elif missing[index] < 0:
-                raise RuntimeError(
-                    f"Block {block.name!r} received a gradient after it was complete: backward accumulated a parameter "
-                    "twice. Reentrant activation checkpointing does that: set "
-                    "`activation_checkpointing_kwargs={'use_reentrant': False}`. So does a second backward() "
-                    "before optimizer.step(): accumulate with `gradient_accumulation_steps` instead."
-                )
 
         return on_gradient
 

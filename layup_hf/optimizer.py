@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._stepped = [False] * len(self._blocks)
         self._verified = [False] * len(self._blocks)
         self._members = self._assign_members()
+        self._optimizer_step_pre_hooks = OrderedDict()  # where register_step_pre_hook and _post_hook put theirs
+        self._optimizer_step_post_hooks = OrderedDict()
 
     def _assign_members(self) -> list[list[tuple[int, list[Tensor]]]]:
         """For each block: (group number, the group's parameters in this block)."""
@@ -60,39 +63,42 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Step the parameters of `block` with the gradients that they have, then free these gradients."""
         inner, groups = self.inner, self.inner.param_groups
         shares = [{**groups[number], "params": params} for number, params in self._members[block.index]]
+        before = None if self._verified[block.index] else [_snapshot(share) for share in shares]
         inner.param_groups = shares
         try:
             inner.step()
         finally:
             inner.param_groups = groups
-        if not self._verified[block.index]:
-            self._verify(block, shares)
+        if before is not None:
+            self._verify(before, [_snapshot(share) for share in shares])
+            self._verified[block.index] = True
         for parameter in block.parameters:
             parameter.grad = None
         self._stepped[block.index] = True
 
-    def _verify(self, block: Block, shares: list[dict[str, Any]]) -> None:
+    def _verify(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
         """State kept in a group (a step counter, say) would be lost, or counted once per block."""
-        for (number, _), share in zip(self._members[block.index], shares, strict=True):
-            group = self.inner.param_groups[number]
-            changed = [key for key in share if key != "params" and (key not in group or share[key] is not group[key])]
-            if changed:
-                raise ValueError(
-                    f"{type(self.inner).__name__} keeps state in its parameter groups ({', '.join(changed)}), which "
-                    "cannot be stepped block by block. Choose an optimizer that keeps its state per parameter, such as "
-                    "adamw_torch."
-                )
-        self._verified[block.index] = True
+        changed = [key for old, new in zip(before, after, strict=True) for key in new if new[key] != old.get(key)]
+        if changed:
+            raise ValueError(
+                f"{type(self.inner).__name__} keeps state in its parameter groups ({', '.join(changed)}), which cannot "
+                "be stepped block by block. Choose an optimizer that keeps its state per parameter, such as "
+                "adamw_torch."
+            )
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every block that has not been stepped since the last call."""
         if closure is not None:
             raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            hook(self, (), {})
         self.before_step()
         for block in self._blocks:
             if not self._stepped[block.index]:
                 self.step_block(block)
         self._stepped = [False] * len(self._blocks)
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, (), {})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
@@ -122,6 +128,12 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
+
+
+def _snapshot(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group, comparable; tensors as numbers, since they may be changed in place."""
+    options = {key: value for key, value in group.items() if key != "params"}
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()}
 
 
 def refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,151 @@
+"""Clipping by what is known of the global norm, block by block."""
+
+import math
+
+import pytest
+import torch
+from models import gpt2, loss_of, text_batch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from layup_hf.blocks import Block, split_into_blocks
+from layup_hf.clipping import BlockClipper
+from layup_hf.hooks import BlockHooks
+
+SHAPES = [[(3, 2), (3,)], [(4, 4)], [(5,), (2, 2), (1,)]]
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    members = [[nn.Parameter(torch.zeros(shape)) for shape in shapes] for shapes in SHAPES]
+    return [Block(index, str(index), (), tuple(parameters), (), ()) for index, parameters in enumerate(members)]
+
+
+def clipper_of(blocks, max_norm):
+    return BlockClipper(blocks, max_norm, torch.device("cpu"))
+
+
+def parameters_of(blocks):
+    return [parameter for block in blocks for parameter in block.parameters]
+
+
+def set_gradients(blocks, seed=0):
+    """Random gradients, and a copy of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters_of(blocks):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return [parameter.grad.clone() for parameter in parameters_of(blocks)]
+
+
+def gradients_of(blocks):
+    return [parameter.grad for parameter in parameters_of(blocks)]
+
+
+def clip(clipper, blocks):
+    for block in reversed(blocks):
+        clipper.clip_block(block)
+
+
+def norm_of(block):
+    return get_total_norm([parameter.grad for parameter in block.parameters]).item()
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
+def test_constant_gradients_are_clipped_as_by_torch_after_the_first_step(blocks, max_norm):
+    clipper = clipper_of(blocks, max_norm)
+    set_gradients(blocks)
+    clip(clipper, blocks)
+    for _ in range(2):
+        set_gradients(blocks)
+        clip(clipper, blocks)
+        ours = gradients_of(blocks)
+        set_gradients(blocks)
+        clip_grad_norm_(parameters_of(blocks), max_norm)
+        torch.testing.assert_close(ours, gradients_of(blocks), rtol=1e-6, atol=0)
+
+
+def test_in_the_first_step_a_block_counts_from_its_completion_on(blocks):
+    clipper = clipper_of(blocks, 0.5)
+    originals = set_gradients(blocks)
+    norms = [norm_of(block) for block in blocks]
+    clip(clipper, blocks)
+    for block in blocks:
+        known = math.hypot(*norms[block.index :])
+        assert norm_of(block) == pytest.approx(norms[block.index] * 0.5 / known, rel=1e-4)
+    assert not any(torch.equal(ours, original) for ours, original in zip(gradients_of(blocks), originals, strict=True))
+
+
+def test_a_block_still_to_come_counts_with_its_norm_of_the_last_step(blocks):
+    clipper = clipper_of(blocks, 0.5)
+    set_gradients(blocks, seed=1)
+    earlier = [norm_of(block) for block in blocks]
+    clip(clipper, blocks)
+    set_gradients(blocks, seed=2)
+    now = [norm_of(block) for block in blocks]
+    clip(clipper, blocks)
+    for block in blocks:
+        known = math.hypot(*earlier[: block.index], *now[block.index :])
+        assert norm_of(block) == pytest.approx(now[block.index] * 0.5 / known, rel=1e-4)
+
+
+def test_gradients_below_the_limit_are_unchanged(blocks):
+    clipper = clipper_of(blocks, 1000.0)
+    originals = set_gradients(blocks)
+    clip(clipper, blocks)
+    assert all(torch.equal(ours, original) for ours, original in zip(gradients_of(blocks), originals, strict=True))
+
+
+def test_without_limit_gradients_are_measured_and_bitwise_unchanged(blocks):
+    clipper = clipper_of(blocks, 0.0)
+    originals = set_gradients(blocks)
+    clip(clipper, blocks)
+    assert all(torch.equal(ours, original) for ours, original in zip(gradients_of(blocks), originals, strict=True))
+    assert clipper.total_norm().item() == pytest.approx(get_total_norm(originals).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 100.0])
+def test_after_backward_the_total_is_the_exact_norm_before_clipping(blocks, max_norm):
+    clipper = clipper_of(blocks, max_norm)
+    for seed in range(3):
+        originals = set_gradients(blocks, seed)
+        clip(clipper, blocks)
+        assert clipper.total_norm().dim() == 0
+        assert clipper.total_norm().item() == pytest.approx(get_total_norm(originals).item(), rel=1e-6)
+
+
+def test_the_total_is_exact_in_a_real_backward():
+    model = gpt2().train()
+    loss_of(model, text_batch()).backward()
+    expected = get_total_norm([p.grad for p in model.parameters()]).item()
+    model.zero_grad()
+    clipper = clipper_of(blocks := split_into_blocks(model), 0.1)
+    with BlockHooks(blocks, on_block_ready=clipper.clip_block):
+        loss_of(model, text_batch()).backward()
+    assert clipper.total_norm().item() == pytest.approx(expected, rel=1e-6)
+    assert get_total_norm([p.grad for p in model.parameters()]).item() < expected
+
+
+def test_a_block_without_gradient_counts_nothing(blocks):
+    clipper = clipper_of(blocks, 1.0)
+    set_gradients(blocks)
+    clip(clipper, blocks)
+    set_gradients(blocks, seed=1)
+    for parameter in blocks[1].parameters:
+        parameter.grad = None
+    expected = math.hypot(norm_of(blocks[0]), norm_of(blocks[2]))
+    clip(clipper, blocks)
+    assert clipper.total_norm().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_parameter_without_gradient_is_left_out(blocks):
+    clipper = clipper_of(blocks, 0.5)
+    set_gradients(blocks)
+    first, *_ = blocks[2].parameters
+    first.grad = None
+    others = [parameter.grad for parameter in blocks[2].parameters if parameter is not first]
+    expected = get_total_norm(others).item()
+    clipper.clip_block(blocks[2])
+    assert first.grad is None
+    assert clipper.total_norm().item() == pytest.approx(expected, rel=1e-6)
+    assert get_total_norm(others).item() == pytest.approx(0.5, rel=1e-4)

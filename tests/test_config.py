@@ -1,0 +1,209 @@
+"""Every option that cannot work is refused by name, with a remedy; everything else is accepted."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from accelerate import DistributedType
+from accelerate.parallelism_config import ParallelismConfig
+from datasets import Dataset
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from layup_hf.config import LayupConfig, LayupOptions, check_data, check_options, check_runtime
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Builds a config that trains on the CPU."""
+
+    def build(kind=LayupConfig, **options):
+        return kind(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    return build
+
+
+# ---- The options alone ----
+
+REFUSED = {
+    "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stock `Trainer`"),
+    "fsdp": ({"fsdp": "full_shard"}, "stock `Trainer`"),
+    "fp16": ({"fp16": True}, "`bf16`"),
+    "torch_compile": ({"torch_compile": True}, "Remove `torch_compile`"),
+    "use_reentrant": ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
+    "peers_per_step=0": ({"peers_per_step": 0}, "Leave it unset"),
+    "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
+    "windows='network'": ({"windows": "network"}, "'auto' or 'shared'"),
+    "windows=''": ({"windows": ""}, "'auto' or 'shared'"),
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_an_impossible_option_is_refused_when_the_config_is_made(named, arguments):
+    options, remedy = REFUSED[named]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        arguments(**options)
+    assert named in str(error.value)
+    assert remedy in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["deepspeed", "fsdp", "parallelism_config", "fp16", "torch_compile"])
+def test_an_excluded_option_of_plain_arguments_is_refused(option):
+    with pytest.raises(ValueError, match=rf"`{option}` and LayUp exclude each other.*stock `Trainer`"):
+        check_options(SimpleNamespace(**{option: True}))
+
+
+def test_parallelism_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"`parallelism_config` and LayUp exclude.*stock `Trainer`"):
+        arguments(parallelism_config=ParallelismConfig())
+
+
+def test_reentrant_checkpointing_is_refused_under_its_older_name(arguments):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        arguments(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_reentrant_checkpointing_is_refused_in_parsed_arguments(arguments):
+    """On the command line it is a string, parsed after LayUp's first check; the trainer checks again."""
+    config = arguments(activation_checkpointing_kwargs='{"use_reentrant": true}')
+    with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs.*Set `use_reentrant` to False"):
+        check_options(config)
+
+
+STEP_THEMSELVES = [name for name in OptimizerNames if any(k in name for k in ("layerwise", "lomo", "schedule_free"))]
+
+
+@pytest.mark.parametrize("optim", STEP_THEMSELVES)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_optimizer_that_steps_itself_is_refused(optim, as_text):
+    with pytest.raises(ValueError, match=rf"`optim='{optim.value}'` and LayUp exclude each other.*'adamw_torch'"):
+        check_options(SimpleNamespace(optim=optim.value if as_text else optim))
+
+
+def test_optimizers_that_step_themselves_are_known():
+    assert {"lomo", "adalomo", "schedule_free_adamw", "galore_adamw_layerwise"} <= {n.value for n in STEP_THEMSELVES}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "galore_adamw"])
+def test_an_optimizer_that_can_be_stepped_by_block_is_accepted(optim, arguments):
+    assert arguments(optim=optim).optim == optim
+
+
+@pytest.mark.parametrize("kind", [LayupConfig, TrainingArguments, Seq2SeqTrainingArguments])
+def test_defaults_are_accepted(kind, arguments):
+    check_options(arguments(kind))
+
+
+def test_possible_options_are_accepted(arguments):
+    config = arguments(
+        peers_per_step=1,
+        windows="shared",
+        bf16=True,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        gradient_accumulation_steps=4,
+    )
+    check_options(config)
+    assert (config.peers_per_step, config.windows) == (1, "shared")
+
+
+# ---- Where the options come from ----
+
+
+def test_the_config_is_parsed_from_the_command_line(tmp_path):
+    (config,) = HfArgumentParser(LayupConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--peers_per_step", "3", "--windows", "shared", "--max_steps", "5"]
+    )
+    assert isinstance(config, TrainingArguments)
+    assert (config.peers_per_step, config.windows, config.max_steps) == (3, "shared", 5)
+
+
+def test_the_command_line_has_the_defaults(tmp_path):
+    (config,) = HfArgumentParser(LayupConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
+    assert (config.peers_per_step, config.windows) == (None, "auto")
+
+
+def test_an_impossible_option_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="peers_per_step=0"):
+        HfArgumentParser(LayupConfig).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path), "--use_cpu", "--peers_per_step", "0"]
+        )
+
+
+@dataclass
+class Seq2SeqConfig(LayupOptions, Seq2SeqTrainingArguments):
+    pass
+
+
+def test_the_options_combine_with_any_subclass_of_the_arguments(arguments):
+    config = arguments(Seq2SeqConfig, peers_per_step=2, predict_with_generate=True)
+    assert (config.peers_per_step, config.predict_with_generate) == (2, True)
+    assert config.device.type == "cpu"  # the post-init of the arguments has run
+    with pytest.raises(ValueError, match="fp16"):
+        arguments(Seq2SeqConfig, fp16=True)
+
+
+def test_the_options_can_stand_alone():
+    assert LayupOptions().windows == "auto"
+    with pytest.raises(ValueError, match="peers_per_step=0"):
+        LayupOptions(peers_per_step=0)
+
+
+# ---- What only the running process shows ----
+
+
+def trainer(distributed=DistributedType.NO, n_gpu=0, world_size=1, auto_find_batch_size=False, **attributes):
+    args = SimpleNamespace(n_gpu=n_gpu, world_size=world_size, auto_find_batch_size=auto_find_batch_size)
+    return SimpleNamespace(args=args, accelerator=SimpleNamespace(distributed_type=distributed), **attributes)
+
+
+@pytest.mark.parametrize("distributed", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
+def test_full_replicas_are_accepted(distributed):
+    check_runtime(trainer(distributed, n_gpu=1, world_size=4))
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA],
+)
+def test_a_launcher_that_shards_is_refused(distributed):
+    with pytest.raises(ValueError, match=rf"asks for {distributed.value}, which LayUp excludes.*accelerate launch"):
+        check_runtime(trainer(distributed))
+
+
+def test_a_model_loaded_in_shards_is_refused():
+    with pytest.raises(ValueError, match=r"`distributed_config`.*Load it without"):
+        check_runtime(trainer(is_distributed_loading_by_transformers=True))
+
+
+def test_several_devices_in_one_process_are_refused():
+    with pytest.raises(ValueError, match=r"4 GPUs .*DataParallel.*accelerate launch --multi_gpu --num_processes 4"):
+        check_runtime(trainer(n_gpu=4))
+
+
+def test_a_search_for_the_batch_size_is_refused_with_several_workers():
+    check_runtime(trainer(auto_find_batch_size=True, world_size=1))
+    with pytest.raises(ValueError, match=r"`auto_find_batch_size` and LayUp.*`per_device_train_batch_size`"):
+        check_runtime(trainer(auto_find_batch_size=True, world_size=2))
+
+
+# ---- The data ----
+
+
+@pytest.mark.parametrize(("samples", "batch_size", "workers"), [(4, 1, 4), (7, 2, 4), (1, 8, 1), (100, 8, 2)])
+def test_a_batch_for_every_worker_is_enough(samples, batch_size, workers):
+    check_data(Dataset.from_dict({"x": range(samples)}), batch_size, workers)
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "workers", "most"), [(3, 1, 4, 3), (6, 2, 4, 3), (1, 8, 2, 1), (0, 8, 2, 1)]
+)
+def test_fewer_batches_than_workers_are_refused(samples, batch_size, workers, most):
+    with pytest.raises(ValueError, match=rf"{samples} samples.*fewer than the {workers} workers") as error:
+        check_data([None] * samples, batch_size, workers)
+    assert f"Start at most {most} workers, lower `per_device_train_batch_size`" in str(error.value)
+
+
+def test_a_dataset_of_unknown_length_is_accepted():
+    check_data(Dataset.from_dict({"x": [1]}).to_iterable_dataset(), 8, 100)
+    check_data(None, 8, 100)

@@ -1,0 +1,227 @@
+"""One process: the trajectory of the Trainer bit for bit, and what is refused."""
+
+import pytest
+import torch
+from models import TINY
+from torch.nn.functional import mse_loss
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from layup_hf import LayupConfig, LayupMixin, LayupOptions, LayupTrainer
+from layup_hf.optimizer import BlockOptimizer
+
+
+def gpt2(seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+
+
+def text(count=32):
+    tokens = torch.randint(0, 50, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def arguments(folder, cls=LayupConfig, **options):
+    fixed = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
+    chosen = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_grad_norm": 0.0}
+    return cls(output_dir=str(folder), **{**fixed, **chosen, "logging_steps": 2, **options})
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optim": "adamw_torch", "weight_decay": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine"},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"optim": "adafactor"},
+        {"optim": "adagrad"},
+        {"optim": "rmsprop"},
+        {"gradient_accumulation_steps": 3},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0},
+        {"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 3},
+    ],
+    ids=lambda options: ",".join(options) or "defaults",
+)
+def test_trajectory_is_the_trainers_bit_for_bit(tmp_path, options):
+    ours, theirs = gpt2(), gpt2()  # each trainer seeds the generators that its own dropout draws from
+    trainer = LayupTrainer(model=ours, args=arguments(tmp_path, **options), train_dataset=text())
+    output = trainer.train()
+    stock = Trainer(model=theirs, args=arguments(tmp_path, TrainingArguments, **options), train_dataset=text())
+    expected = stock.train()
+    assert same(ours, theirs)
+    assert not same(ours, gpt2())
+    assert output.training_loss == expected.training_loss
+    for entry, other in zip(trainer.state.log_history[:-1], stock.state.log_history[:-1], strict=True):
+        assert entry.keys() == other.keys()
+        assert entry["loss"] == other["loss"]
+        assert entry["learning_rate"] == other["learning_rate"]
+        assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_a_second_train_goes_on_as_the_trainer_does(tmp_path):
+    models = []
+    for cls, config in ((LayupTrainer, LayupConfig), (Trainer, TrainingArguments)):
+        models.append(gpt2())
+        trainer = cls(model=models[-1], args=arguments(tmp_path, config), train_dataset=text())
+        trainer.train()
+        trainer.train()
+    assert same(*models)
+
+
+def test_resuming_gives_the_uninterrupted_run(tmp_path):
+    whole, part = gpt2(), gpt2()
+    options = {"save_strategy": "steps", "save_steps": 3}
+    LayupTrainer(model=whole, args=arguments(tmp_path / "a"), train_dataset=text()).train()
+    LayupTrainer(model=part, args=arguments(tmp_path / "b", **options), train_dataset=text()).train()
+    fresh = gpt2(seed=1)
+    LayupTrainer(model=fresh, args=arguments(tmp_path / "b"), train_dataset=text()).train(
+        resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3")
+    )
+    assert same(whole, part)
+    assert same(whole, fresh)
+
+
+def test_a_checkpoint_of_the_trainer_can_be_resumed(tmp_path):
+    """Groups and state of the optimizer are those that the Trainer saves."""
+    theirs = gpt2()
+    options = {"save_strategy": "steps", "save_steps": 3}
+    stock = Trainer(model=theirs, args=arguments(tmp_path, TrainingArguments, **options), train_dataset=text())
+    stock.train()
+    ours = gpt2(seed=1)
+    trainer = LayupTrainer(model=ours, args=arguments(tmp_path), train_dataset=text())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(ours, theirs)
+
+
+def test_the_users_optimizer_and_schedule_are_used(tmp_path):
+    def build(model):
+        optimizer = torch.optim.NAdam(model.parameters(), lr=3e-3)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+    ours, theirs = gpt2(), gpt2()
+    LayupTrainer(model=ours, args=arguments(tmp_path), train_dataset=text(), optimizers=build(ours)).train()
+    args = arguments(tmp_path, TrainingArguments)
+    Trainer(model=theirs, args=args, train_dataset=text(), optimizers=build(theirs)).train()
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_kind_of_model(tmp_path, name):
+    torch.manual_seed(0)
+    ours, batch = TINY[name].build(), TINY[name].batch()
+    torch.manual_seed(0)
+    theirs = TINY[name].build()
+    data = [{key: value[i % len(value)] for key, value in batch.items()} for i in range(8)]
+    options = {"max_steps": 3, "per_device_train_batch_size": 2}
+    LayupTrainer(model=ours, args=arguments(tmp_path, **options), train_dataset=data).train()
+    Trainer(model=theirs, args=arguments(tmp_path, TrainingArguments, **options), train_dataset=data).train()
+    assert same(ours, theirs)
+
+
+def test_optimizer_steps_in_backward(tmp_path):
+    """By the time the optimizer is asked to step, no gradient is left."""
+    seen = []
+
+    class Observer(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            seen.append(sum(p.grad is not None for p in model.parameters()))
+
+    trainer = LayupTrainer(model=gpt2(), args=arguments(tmp_path), train_dataset=text(), callbacks=[Observer()])
+    trainer.train()
+    assert seen == [0] * 6
+    assert isinstance(trainer.optimizer.optimizer, BlockOptimizer)
+
+
+def test_clipping_bounds_the_gradient(tmp_path):
+    """After the first step the estimate has every block's norm; a steady gradient is then clipped exactly."""
+    norms = []
+
+    class Observing(LayupTrainer):
+        def _start_block_steps(self):
+            super()._start_block_steps()
+            original = self._clipper.clip_block
+
+            def clip_block(block):
+                original(block)
+                norms.append(torch.stack([p.grad.norm() for p in block.parameters if p.grad is not None]).norm())
+
+            self._clipper.clip_block = clip_block
+
+    options = {"max_grad_norm": 0.01, "learning_rate": 1e-6, "max_steps": 4}
+    Observing(model=gpt2(), args=arguments(tmp_path, **options), train_dataset=text()).train()
+    blocks = len(norms) // 4
+    assert [torch.stack(norms[k * blocks : (k + 1) * blocks]).norm().item() for k in range(1, 4)] == pytest.approx(
+        [0.01] * 3, rel=0.1
+    )
+
+
+def test_plain_training_arguments_get_the_defaults(tmp_path):
+    trainer = LayupTrainer(model=gpt2(), args=arguments(tmp_path, TrainingArguments), train_dataset=text())
+    assert trainer.train().global_step == 6
+
+
+def test_mixin_and_options_combine_with_other_trainers(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Config(LayupOptions, Seq2SeqTrainingArguments):
+        pass
+
+    class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer):
+        pass
+
+    model, batch = TINY["t5"].build(), TINY["t5"].batch()
+    data = [{key: value[i % len(value)] for key, value in batch.items()} for i in range(8)]
+    args = arguments(tmp_path, Config, predict_with_generate=True, peers_per_step=2, max_steps=2)
+    trainer = LayupSeq2SeqTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.evaluate(max_length=6)["eval_loss"] > 0
+
+
+def test_a_model_changed_after_the_optimizer_is_refused(tmp_path):
+    model = gpt2()
+    trainer = LayupTrainer(model=model, args=arguments(tmp_path), train_dataset=text())
+    trainer.create_optimizer()
+    model.transformer.h[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"in no block, such as 'transformer\.h\.0\.extra\.weight'"):
+        trainer.train()
+
+
+def test_refusals_come_at_construction(tmp_path):
+    args = arguments(tmp_path, TrainingArguments)
+    args.torch_compile = True
+    with pytest.raises(ValueError, match="`torch_compile` and LayUp exclude each other"):
+        LayupTrainer(model=gpt2(), args=args, train_dataset=text())
+    with pytest.raises(ValueError, match="optim='lomo'"):
+        arguments(tmp_path, optim="lomo")
+
+
+def test_hooks_are_removed_after_an_exception(tmp_path):
+    model = gpt2()
+
+    class Failing(LayupTrainer):
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise ArithmeticError("made on purpose")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Failing(model=model, args=arguments(tmp_path), train_dataset=text())
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    loss = mse_loss(model(input_ids=torch.arange(4)[None]).logits.sum(), torch.tensor(0.0))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
