@@ -79,7 +79,12 @@ class BlockHooks:
         self.remove()
 
     def finish_backward(self) -> None:
-        """Complete the blocks that backward left incomplete, last block first, and get ready for the next step."""
+        """Complete the blocks that backward left incomplete, last block first, and get ready for the next step.
+
+        Does nothing if no gradient has come since the last call.
+        """
+        if not self._arrived:
+            return
         for block in reversed(self._blocks):
             if self._missing[block.index]:
                 self._complete(block)

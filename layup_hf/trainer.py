@@ -148,9 +148,11 @@ class LayupMixin:
             self._stop_gossip()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self._clipper.total_norm()
+        return self._get_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        """The exact norm of the whole gradient before clipping; the Trainer asks for it when backward has ended."""
+        self._hooks.finish_backward()
         return self._clipper.total_norm()
 
     def _maybe_log_save_evaluate(

@@ -36,13 +36,13 @@ from layup_hf import LayupConfig, LayupTrainer
 # The recipe's own defaults for the training options; the command line goes before them.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "gpt2-output",
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 1.5e-3,
-    "adam_beta2": 0.95,
+    "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
-    # Below 1 these are shares of all steps, so they hold for any length of run.
-    "warmup_steps": 0.1,
+    # Below 1 these are shares of all steps, so they hold for any length of run. A worker's own small batch makes its
+    # first steps noisy: warming up over half of so short a run is what lets the rate be high (see the README).
+    "warmup_steps": 0.5,
     "logging_steps": 0.02,
     "eval_steps": 0.125,
     "eval_strategy": "steps",
@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
     # No parameter goes unused, so DDP need not look for any.
     "ddp_find_unused_parameters": False,
 }
-STEPS = 800
+STEPS = 1000
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer. Unset: the model's; for a new model one is trained on the text."},
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer trained on the text."})
+    vocab_size: int = field(default=2048, metadata={"help": "Entries of a tokenizer trained on the text."})
     prompt: str = field(default="def", metadata={"help": "What the sample at the end begins with."})
 
 

@@ -20,7 +20,7 @@ from transformers import (
 # Small enough to learn something on two processor cores within three minutes.
 SMALL = {
     "n_layer": 4,
-    "n_embd": 192,
+    "n_embd": 128,
     "n_head": 4,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,

@@ -237,10 +237,15 @@ def test_a_block_of_statistics_alone_is_completed_by_finish_backward():
     assert recorder.completed == [0, 1]
 
 
-def test_finish_backward_without_backward_completes_all_from_last_to_first():
-    recorder = Recorder(gpt2())
+def test_finish_backward_without_a_backward_since_does_nothing():
+    model = TwoHeads()
+    recorder = Recorder(model)
     recorder.hooks.finish_backward()
-    assert recorder.completed == [3, 2, 1, 0]
+    assert recorder.completed == []
+    model(torch.randn(3, 4)).sum().backward()
+    recorder.hooks.finish_backward()
+    recorder.hooks.finish_backward()
+    assert recorder.completed == [1, 0, 2]
 
 
 # ---- Accumulation windows ----
