@@ -108,7 +108,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     corpus, cache = load_corpus(), cache_folder()
     with state.main_process_first():
-        tokenizer = cached_tokenizer(corpus.train, corpus.column, 2048, cache)
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, 512, cache)
         count = options.steps * options.batch_size * state.num_processes
         rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
         blocks = make_blocks(*rows, block_size=options.block_size, most=count, name="training", cache=cache)

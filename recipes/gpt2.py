@@ -74,7 +74,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer. Unset: the model's; for a new model one is trained on the text."},
     )
-    vocab_size: int = field(default=2048, metadata={"help": "Entries of a tokenizer trained on the text."})
+    vocab_size: int = field(default=512, metadata={"help": "Entries of a tokenizer trained on the text."})
     prompt: str = field(default="def", metadata={"help": "What the sample at the end begins with."})
 
 
