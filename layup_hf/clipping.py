@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .blocks import Block
 
@@ -34,9 +33,10 @@ class BlockClipper:
         if not gradients:
             self._norms[block.index] = 0
             return
-        self._norms[block.index] = get_total_norm(gradients)
+        # As torch.nn.utils.clip_grad_norm_, without its grouping by device and dtype: this runs for every block.
+        self._norms[block.index] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self._max_norm > 0:
-            clip_grads_with_norm_(block.parameters, self._max_norm, self.total_norm())
+            torch._foreach_mul_(gradients, (self._max_norm / (self.total_norm() + 1e-6)).clamp(max=1.0))
 
     def total_norm(self) -> Tensor:
         """Norm over all blocks, each with its latest figure; after backward, the exact norm before clipping. Scalar."""
