@@ -2,7 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 2 recipes/gpt2.py
 
-As it is, it trains a small GPT-2 on the sources of Python's standard library for about three minutes. The
+As it is, it trains a small GPT-2 on the sources of Python's standard library for two to three minutes. The
 options take it from there: another text, another model, other settings; ``--trainer ddp`` trains the very
 same with the stock Trainer. The output folder gets the model, its tokenizer, ``results.json`` and
 ``curve.png``.
