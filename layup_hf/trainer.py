@@ -220,6 +220,10 @@ class LayupMixin:
         self._reach_consensus()
         return super().predict(*args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._reach_consensus()
+        super()._save_checkpoint(*args, **kwargs)
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
         self._reach_consensus()
