@@ -152,6 +152,8 @@ class LayupMixin:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         """The exact norm of the whole gradient before clipping; the Trainer asks for it when backward has ended."""
+        if grad_norm is not None:
+            return grad_norm  # of _clip_grad_norm, a moment ago
         self._hooks.finish_backward()
         return self._clipper.total_norm()
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,10 +31,7 @@ def launch(script: str, processes: int, arguments: list[str]) -> None:
     Raises:
         RuntimeError: It failed; with the end of its output.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = ["--multi_gpu", f"--main_process_port={port}"] if processes > 1 else []
+    several = ["--multi_gpu", "--main_process_port=0"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, f"--num_processes={processes}"]
     # One thread for each worker, so that two methods are given the same cores.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from corpus import load_corpus
 from model import make_config, make_model
-from tokens import cache_folder, cached_tokenizer, collate, make_blocks
+from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -108,7 +108,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     corpus, cache = load_corpus(), cache_folder()
     with state.main_process_first():
-        tokenizer = cached_tokenizer(corpus.train, corpus.column, 512, cache)
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, VOCABULARY, cache)
         count = options.steps * options.batch_size * state.num_processes
         rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
         blocks = make_blocks(*rows, block_size=options.block_size, most=count, name="training", cache=cache)

@@ -21,7 +21,7 @@ from corpus import load_corpus
 from curve import TimedLog, draw_curve, write_results
 from datasets import Dataset
 from model import make_config, make_model, write_sample
-from tokens import cache_folder, cached_tokenizer, collate, make_blocks
+from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -74,7 +74,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer. Unset: the model's; for a new model one is trained on the text."},
     )
-    vocab_size: int = field(default=512, metadata={"help": "Entries of a tokenizer trained on the text."})
+    vocab_size: int = field(default=VOCABULARY, metadata={"help": "Entries of a tokenizer trained on the text."})
     prompt: str = field(default="def", metadata={"help": "What the sample at the end begins with."})
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+VOCABULARY = 512  # of the default recipe and of what is measured on it
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-text token
 # Merges are settled long before this much text; a corpus of many gigabytes need not be read twice.
 TOKENIZER_CHARACTERS = 64_000_000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,9 +39,6 @@ class Run:
         self.log = folder / "log.txt"
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         environment = {
             **os.environ,
             "LAYUP_TEST_RUN": self.name,
@@ -51,15 +47,8 @@ class Run:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "TMPDIR": str(self.temporary),
         }
-        command = [
-            *prefix,
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            f"--num_processes={processes}",
-        ]
-        command += [f"--main_process_port={port}", str(SCRIPTS / script), *arguments]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
+        command = [*prefix, *launcher, f"--num_processes={processes}", str(SCRIPTS / script), *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
