@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .straggler import StragglerConfig
+
 _STEPS_ITSELF = {
     name
     for name in OptimizerNames
@@ -33,6 +35,17 @@ class LayupOptions:
         default="auto",
         metadata={"help": "How peers read each other's blocks: `auto` or `shared` (workers of one host)."},
     )
+    shared_batches: bool = field(
+        default=True,
+        metadata={
+            "help": "Workers draw their batches from one order of each epoch, so a slow one takes fewer. Off: each "
+            "keeps the shard that the Trainer gives it."
+        },
+    )
+    straggler: str | None = field(
+        default=None,
+        metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -57,6 +70,8 @@ def check_options(args: Any) -> None:
         raise ValueError(
             f"peers_per_step={peers}: a worker must offer to at least one peer. Leave it unset for the default."
         )
+    if getattr(args, "straggler", None):
+        StragglerConfig.parse(args.straggler)
     windows = getattr(args, "windows", "auto")
     if windows not in ("auto", "shared"):
         raise ValueError(f"windows={windows!r} is unknown: use 'auto' or 'shared'.")
@@ -76,6 +91,7 @@ def check_options(args: Any) -> None:
             "checkpointing runs backward inside backward, so a block would be stepped twice. Set `use_reentrant` to "
             "False."
         )
+    _check_data_options(args)
     optim = getattr(args, "optim", None)
     if optim in _STEPS_ITSELF:
         name = getattr(optim, "value", optim)
@@ -83,6 +99,31 @@ def check_options(args: Any) -> None:
             f"`optim={name!r}` and LayUp exclude each other: this optimizer steps inside backward itself, or switches "
             "between training and evaluation weights. Choose one that keeps its state per parameter, such as "
             "'adamw_torch'."
+        )
+
+
+def _check_data_options(args: Any) -> None:
+    """Ways to hand out batches that would make workers wait for each other."""
+    accelerator = getattr(args, "accelerator_config", None)
+    for option, instead in (
+        ("dispatch_batches", "leave it unset, and every worker reads the data set itself"),
+        ("split_batches", "set `per_device_train_batch_size` to what one worker is to take"),
+    ):
+        if getattr(accelerator, option, None):
+            raise ValueError(
+                f"`accelerator_config={{'{option}': True}}` and LayUp exclude each other: all workers would take each "
+                f"batch together. Remove `{option}`: {instead}."
+            )
+    shares = getattr(args, "shared_batches", True)
+    if not shares and not getattr(accelerator, "use_seedable_sampler", True):
+        raise ValueError(
+            "`accelerator_config={'use_seedable_sampler': False}` and `shared_batches=False` exclude each other: the "
+            "workers would wait for rank 0's random numbers in every epoch. Remove one of the two."
+        )
+    if shares and getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` and `shared_batches=True` exclude each other: it makes a "
+            "shard for each worker in advance. Use 'group_by_length', or set `shared_batches=False`."
         )
 
 
@@ -127,18 +168,19 @@ def check_runtime(trainer: Any) -> None:
         )
 
 
-def check_data(dataset: Any, batch_size: int, world_size: int) -> None:
-    """Refuse a training set that has fewer batches than there are workers.
+def check_data(dataset: Any, args: TrainingArguments) -> None:
+    """Refuse a training set that has fewer steps in an epoch than there are workers.
 
     Raises:
         ValueError: With the numbers and the remedy.
     """
-    if dataset is None or not hasattr(dataset, "__len__"):
+    if dataset is None or not hasattr(dataset, "__len__") or args.world_size == 1:
         return
-    batches = -(-len(dataset) // batch_size)
-    if batches < world_size:
+    samples = args.train_batch_size * args.gradient_accumulation_steps
+    steps = -(-len(dataset) // samples)
+    if steps < args.world_size:
         raise ValueError(
-            f"The training set has {len(dataset)} samples, {batches} batches of {batch_size}: fewer than the "
-            f"{world_size} workers. Start at most {max(batches, 1)} workers, lower `per_device_train_batch_size`, or "
-            "train on more data."
+            f"The training set has {len(dataset)} samples, {steps} steps of {samples}: fewer than the "
+            f"{args.world_size} workers. Start at most {max(steps, 1)} workers, lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`, or train on more data."
         )

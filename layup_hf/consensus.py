@@ -24,12 +24,14 @@ class Consensus:
         mass: Mass of all workers together, in units of one worker's share: exactly the number of workers.
         mass_min: Smallest effective mass of a worker on a block.
         mass_max: Largest effective mass of a worker on a block.
+        mass_by_worker: Mean over blocks of each worker's effective mass, in the order of ranks.
     """
 
     distance: float
     mass: float
     mass_min: float
     mass_max: float
+    mass_by_worker: tuple[float, ...]
 
     def figures(self) -> dict[str, float]:
         """For the logs."""
@@ -79,6 +81,7 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger) -> Consensus:
         mass=int(totals.max()) / UNIT,
         mass_min=int(masses.min()) / UNIT,
         mass_max=int(masses.max()) / UNIT,
+        mass_by_worker=tuple((masses.double().mean(dim=1) / UNIT).tolist()),
     )
 
 

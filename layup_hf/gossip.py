@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 
 from .blocks import Block
 from .mixing import UNIT, merge_weight, share
+from .report import percentile
 from .topology import PeerSampler
 from .windows.base import PeerWindows
 
@@ -27,6 +27,7 @@ class GossipEngine:
 
     Attributes:
         counts: Totals since the start: `merges`, `offers`, `skipped_offers`, `bytes_read`.
+        staleness: How many merges were how many clock steps old, since the start.
     """
 
     def __init__(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> None:
@@ -36,7 +37,8 @@ class GossipEngine:
         self._blocks = list(blocks)
         self._mine = [block.tensors for block in blocks]
         self._bytes = [block.num_bytes for block in blocks]
-        self._staleness: Counter[int] = Counter()
+        self.staleness: Counter[int] = Counter()
+        self._logged_staleness: Counter[int] = Counter()
         self.counts = Counter(merges=0, offers=0, skipped_offers=0, bytes_read=0)
 
     @torch.no_grad()
@@ -50,7 +52,7 @@ class GossipEngine:
             weight = merge_weight(units, ledger.own(index), ledger.untaken(index))
             torch._foreach_lerp_(self._mine[index], theirs, weight)
             ledger.take(index, peer, units)
-            self._staleness[ledger.staleness(index, peer)] += 1
+            self.staleness[ledger.staleness(index, peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
 
@@ -88,7 +90,7 @@ class GossipEngine:
         figures = {f"layup/{name}": float(count) for name, count in self.counts.items()}
         figures["layup/mass_min"] = float(masses.min())
         figures["layup/mass_max"] = float(masses.max())
-        if self._staleness:
-            figures["layup/staleness"] = float(statistics.median(self._staleness.elements()))
-            self._staleness.clear()
+        if recent := self.staleness - self._logged_staleness:
+            figures["layup/staleness"] = float(percentile(recent, 50))
+            self._logged_staleness = self.staleness.copy()
         return figures

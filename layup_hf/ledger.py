@@ -18,6 +18,10 @@ class Ledger:
         num_blocks: Number of blocks of the model.
         world_size: Number of workers.
         rank: This worker; it writes only its own entries.
+
+    Attributes:
+        done: Optimizer steps that each worker has made, uint64 of shape (workers,). A worker writes its own entry.
+        tokens: Input tokens that each worker has seen, likewise.
     """
 
     def __init__(self, memory: np.ndarray, num_blocks: int, world_size: int, rank: int) -> None:
@@ -25,21 +29,23 @@ class Ledger:
             raise ValueError(f"A ledger of {num_blocks} blocks and {world_size} workers does not fit {memory.shape}.")
         self.rank = rank
         pair, single = num_blocks * world_size * world_size, num_blocks * world_size
-        ends = np.cumsum([pair, pair, single, single, single])
-        offered, taken, own, steps, stamps, losses = np.split(memory, ends)
+        ends = np.cumsum([pair, pair, single, single, single, world_size, world_size])
+        offered, taken, own, steps, stamps, losses, done, tokens = np.split(memory, ends)
         self._offered = offered.reshape(num_blocks, world_size, world_size)  # [block, receiver, sender]
         self._taken = taken.reshape(num_blocks, world_size, world_size)  # [block, receiver, sender]
         self._own = own.reshape(num_blocks, world_size)
         self._steps = steps.reshape(num_blocks, world_size)
         self._stamps = stamps.reshape(num_blocks, world_size)
         self._losses = losses.view(np.float64)
+        self.done = done
+        self.tokens = tokens
         self._own[:, rank] = UNIT
         self._losses[rank] = np.nan
 
     @staticmethod
     def size(num_blocks: int, world_size: int) -> int:
         """Number of 8-byte words that a ledger takes."""
-        return num_blocks * world_size * (2 * world_size + 3) + world_size
+        return num_blocks * world_size * (2 * world_size + 3) + 3 * world_size
 
     def own(self, block: int) -> int:
         """Mass that this worker holds and has offered to nobody."""

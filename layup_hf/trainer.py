@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import signal
+import uuid
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from . import report
 from .blocks import Block, split_into_blocks
 from .clipping import BlockClipper
+from .clock import ProgressClock, WorkerFailure, connect_store
 from .config import check_data, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
 from .hooks import BlockHooks
+from .loop import ClockedLoop
 from .optimizer import BlockOptimizer
+from .preemption import PreemptionCallback
+from .straggler import StragglerCallback
 from .topology import PeerSampler
 from .windows import PeerWindows, SharedWindows
+from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin:
+class LayupMixin(WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -32,8 +43,12 @@ class LayupMixin:
 
     - The model is not wrapped in DDP. In backward, as soon as a block's gradients are complete, the block is merged
       with what peers offered, stepped, offered to peers, and its gradients are freed.
+    - A slow worker slows nobody down. `global_step` counts the steps of all workers, divided by their number, and the
+      learning rate, logging, evaluation, saving and the end of training follow it (see `ClockedLoop`). Workers draw
+      their batches from one order of each epoch, so a slow one makes fewer steps (see `WorkSharing`).
     - Saving, evaluation during training and the end of training are consensus points: all workers adopt the
-      mass-weighted mean.
+      mass-weighted mean. Callbacks of any worker may ask for them through `control`.
+    - On SIGTERM the workers save a consensus checkpoint and end with exit code 143 (see `PreemptionCallback`).
     - Each worker normalises the loss by its own tokens (`average_tokens_across_devices` has no effect).
     - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`).
     - `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed.
@@ -52,11 +67,16 @@ class LayupMixin:
         self._hooks: BlockHooks | None = None
         self._windows: PeerWindows | None = None
         self._engine: GossipEngine | None = None
-        self._agreed_at = -1  # the step of the latest consensus point
+        self._agreed_at = -1  # steps of all workers together at the latest consensus point
         super().__init__(*args, **kwargs)
         check_runtime(self)
-        check_data(self.train_dataset, self.args.train_batch_size, self.args.world_size)
+        check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
+        self._preemption = PreemptionCallback()
+        if self.args.world_size > 1:
+            self.add_callback(self._preemption)
+        if getattr(self.args, "straggler", None):
+            self.add_callback(StragglerCallback(self.args.straggler))
         logger.info(f"LayUp sees {self.args.world_size} worker(s); this is rank {self.args.process_index}.")
 
     # ---- Building ----
@@ -91,9 +111,17 @@ class LayupMixin:
         return prepared
 
     def _start_gossip(self) -> None:
-        self._agreed_at = self.state.global_step
+        self._agreed_at = 0
         rank, world_size = self.args.process_index, self.args.world_size
+        store = connect_store(run=gather_object([uuid.uuid4().hex])[0])
+        clock = ProgressClock(store, start=self.state.global_step * world_size if rank == 0 else None)
+        PartialState().wait_for_everyone()  # nobody draws before the clock has been set
         self._windows = SharedWindows.open(self._blocks, rank, lambda item: gather_object([item]))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StragglerCallback):
+                self._windows = callback.late_windows(self._windows, rank)
+        self._share_work(store)
+        self._start_loop(clock, self._windows.ledger)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
@@ -123,6 +151,7 @@ class LayupMixin:
         optimizer.before_step = self._hooks.finish_backward
 
     def _stop_gossip(self) -> None:
+        self._stop_loop()
         if self._hooks is not None:
             self._hooks.remove()
         if self._windows is not None:
@@ -142,10 +171,21 @@ class LayupMixin:
     # ---- Training ----
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1:
+            self._preemption.install()
         try:
-            return super()._inner_training_loop(batch_size, *args, **kwargs)
+            output = super()._inner_training_loop(batch_size, *args, **kwargs)
+        except BaseException as error:
+            if self._clock is not None and not isinstance(error, WorkerFailure):
+                message = f"{type(error).__name__}: {error}"
+                self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
+            raise
         finally:
             self._stop_gossip()
+            self._preemption.remove()
+        if self._ends_early and not self.args.enable_jit_checkpoint:
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self._get_grad_norm(model)
@@ -157,60 +197,101 @@ class LayupMixin:
         self._hooks.finish_backward()
         return self._clipper.total_norm()
 
-    def _maybe_log_save_evaluate(
-        self,
-        tr_loss: Tensor,
-        grad_norm: Any,
-        model: Any,
-        trial: Any,
-        epoch: Any,
-        ignore_keys: Any,
-        start_time: Any,
-        **kwargs: Any,
-    ) -> None:
-        new_steps = self.state.global_step > self._globalstep_last_logged
-        if self._engine is not None and self.control.should_log and new_steps:
-            self._log_without_waiting(tr_loss, grad_norm, start_time, **kwargs)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, **kwargs)
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self._clock is None:
+            return super()._track_num_input_tokens(inputs)
+        before = self.state.num_input_tokens_seen
+        self.accelerator.gather = lambda tensor: tensor  # the Trainer's way to count, without its sum over all workers
+        try:
+            super()._track_num_input_tokens(inputs)
+        finally:
+            del self.accelerator.gather
+        self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
+        self._sum_tokens()
+        return None
+
+    def _sum_tokens(self) -> None:
+        """Over what all workers have published until now; while they meet, exact."""
+        self.state.num_input_tokens_seen = self._initial_num_input_tokens_seen + int(self._ledger.tokens.sum())
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        has_something = self._steps_done > self._steps_logged if self._clock is not None else False
+        if has_something and self.control.should_log:
+            start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
+            self._log_without_waiting(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
+        if self._clock is not None:
+            self._globalstep_last_logged = self.state.global_step  # so that the Trainer does not log, by a collective
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _log_without_waiting(
-        self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None = None
+        self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None
     ) -> None:
         """What the Trainer logs, without its gather: the loss is the mean of what each worker has published last."""
         self._require_same_parameters()
         total = tr_loss.item()
         tr_loss -= tr_loss
-        ledger = self._windows.ledger
-        ledger.report_loss(total / (self.state.global_step - self._globalstep_last_logged))
+        self._ledger.report_loss(total / (self._steps_done - self._steps_logged))
+        self._steps_logged = self._steps_done
+        self._total_loss_scalar += total
         logs = {
-            "loss": ledger.mean_loss(),
+            "loss": self._ledger.mean_loss(),
             "grad_norm": grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm,
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **self._engine.figures(),
         }
-        self._total_loss_scalar += total
-        self._globalstep_last_logged = self.state.global_step
+        report.show_shares(self.callback_handler.callbacks, self._ledger.done)
         self.log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._reach_consensus()
+        self._ends_early = self._preemption.is_requested
         if self._engine is not None:
+            self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
+            staleness = sum(gather_object([self._engine.staleness]), Counter())
+            if self.is_world_process_zero():
+                print(report.summary(self._ledger.done, staleness, self._masses), flush=True)
+            self._average_loss()
             self._stop_gossip()
-            self._tr_loss, total = reduce(
-                [self._tr_loss, torch.tensor(self._total_loss_scalar, device=self.args.device)]
-            )
-            self._total_loss_scalar = total.item()
         return super()._finalize_training(*args, **kwargs)
+
+    def store_flos(self) -> None:
+        """As the Trainer's, also for a worker that has made no step since the last call."""
+        self.current_flos = float(self.current_flos)  # the Trainer's 0 is an int: another size in its collective
+        super().store_flos()
+
+    def _average_loss(self) -> None:
+        """Make the Trainer's mean over its own `global_step`s the mean over the steps of all workers. Collective."""
+        mine = torch.tensor(self._total_loss_scalar, device=self.args.device) + self._tr_loss
+        steps = self.state.global_step - self._initial_global_step
+        self._total_loss_scalar = reduce(mine, "sum").item() * steps / max(1, self._steps_of_all)
+        self._tr_loss = torch.zeros_like(self._tr_loss)
 
     # ---- Consensus points ----
 
     def _reach_consensus(self) -> None:
-        """During training, make all workers hold the mass-weighted mean, and log what was found. Collective."""
-        if self._engine is None or self._agreed_at == self.state.global_step:
+        """During training, make all workers hold the mass-weighted mean, and log what was found. Collective.
+
+        Raises:
+            RuntimeError: It was asked for in the middle of a step, where the workers are not together.
+        """
+        if self._engine is None:
+            return
+        if self._in_step:
+            raise RuntimeError(
+                "Evaluating, predicting or saving during a step, from `on_step_end` say, would need all workers at "
+                "once, and they are not at the same step. In a callback, set `control.should_evaluate` or "
+                "`control.should_save`, on any worker: all will do it together after their steps."
+            )
+        if not self._is_acting:
+            self._meet(has_ended=True, is_silent=True)
+        self._sum_tokens()
+        if self._agreed_at == self._steps_of_all:
             return  # an evaluation and a save after the same step share one consensus point
-        self._agreed_at = self.state.global_step
+        self._agreed_at = self._steps_of_all
         self._require_same_parameters()
-        self.log(reach_consensus(self._blocks, self._windows.ledger).figures())
+        consensus = reach_consensus(self._blocks, self._ledger)
+        self._masses = consensus.mass_by_worker
+        self.log(consensus.figures())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
@@ -224,6 +305,8 @@ class LayupMixin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._reach_consensus()
+        if self._engine is not None:
+            self._keep_position()
         super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -37,8 +39,7 @@ class Run:
         self.name = uuid.uuid4().hex
         self.folder = folder
         self.log = folder / "log.txt"
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
+        self.temporary = Path(tempfile.mkdtemp(prefix="layup-"))  # short: sockets in it have at most 108 characters
         environment = {
             **os.environ,
             "LAYUP_TEST_RUN": self.name,
@@ -102,6 +103,7 @@ class Run:
         assert not left, f"processes left: {left}"
         files = [str(path) for path in self.temporary.rglob("*") if path.is_file()]
         assert not files, f"temporary files left: {files}"
+        shutil.rmtree(self.temporary)
 
     def results(self) -> list[dict]:
         """What each worker wrote into `result-RANK.json`, in the order of ranks."""

@@ -35,6 +35,13 @@ REFUSED = {
     "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
     "windows='network'": ({"windows": "network"}, "'auto' or 'shared'"),
     "windows=''": ({"windows": ""}, "'auto' or 'shared'"),
+    "speed=2": ({"straggler": "rank=3,speed=2"}, "with a name of rank, compute"),
+    "rank=x": ({"straggler": "rank=x,compute=1"}, "`all` or a rank"),
+    "compute=-1": ({"straggler": "compute=0.1; compute=-1"}, "`compute` must be seconds, finite and not negative"),
+    "batch_rebalance": (
+        {"train_sampling_strategy": "batch_rebalance"},
+        "Use 'group_by_length', or set `shared_batches=False`",
+    ),
 }
 
 
@@ -70,6 +77,52 @@ def test_reentrant_checkpointing_is_refused_in_parsed_arguments(arguments):
         check_options(config)
 
 
+# ---- Handing out batches ----
+
+
+@pytest.mark.parametrize("shared_batches", [True, False])
+@pytest.mark.parametrize("kind", [LayupConfig, TrainingArguments])
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("dispatch_batches", "every worker reads the data set itself"),
+        ("split_batches", "set `per_device_train_batch_size`"),
+    ],
+)
+def test_batches_that_all_workers_would_take_together_are_refused(option, remedy, kind, shared_batches, arguments):
+    own = {"shared_batches": shared_batches} if kind is LayupConfig else {}
+    with pytest.raises(ValueError, match=rf"'{option}': True}}` and LayUp exclude.*Remove `{option}`.*{remedy}"):
+        check_options(arguments(kind, accelerator_config={option: True}, **own))
+
+
+def test_batches_that_are_not_taken_together_are_accepted(arguments):
+    check_options(arguments(accelerator_config={"dispatch_batches": False, "split_batches": False}))
+    check_options(arguments(accelerator_config={"dispatch_batches": None}))
+
+
+def test_shards_need_a_sampler_that_every_worker_can_seed(arguments):
+    unseeded = {"use_seedable_sampler": False}
+    with pytest.raises(ValueError, match=r"'use_seedable_sampler': False.*`shared_batches=False` exclude.*Remove one"):
+        check_options(arguments(accelerator_config=unseeded, shared_batches=False))
+    check_options(arguments(accelerator_config=unseeded))
+    check_options(arguments(TrainingArguments, accelerator_config=unseeded))
+    check_options(arguments(shared_batches=False))
+
+
+def test_batches_made_for_each_worker_in_advance_are_refused_where_they_are_shared(arguments):
+    with pytest.raises(ValueError, match=r"'batch_rebalance'` and `shared_batches=True` exclude each other"):
+        check_options(arguments(TrainingArguments, train_sampling_strategy="batch_rebalance"))
+    check_options(arguments(train_sampling_strategy="batch_rebalance", shared_batches=False))
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_other_orders_are_accepted_shared_or_not(strategy, arguments):
+    for shared_batches in (True, False):
+        check_options(arguments(train_sampling_strategy=strategy, shared_batches=shared_batches))
+
+
+# ---- Optimizers, and what is possible ----
+
 STEP_THEMSELVES = [name for name in OptimizerNames if any(k in name for k in ("layerwise", "lomo", "schedule_free"))]
 
 
@@ -102,6 +155,7 @@ def test_possible_options_are_accepted(arguments):
         activation_checkpointing=True,
         activation_checkpointing_kwargs={"use_reentrant": False},
         gradient_accumulation_steps=4,
+        straggler="rank=3,compute=0.4; rank=all,communication=0.05",
     )
     check_options(config)
     assert (config.peers_per_step, config.windows) == (1, "shared")
@@ -112,15 +166,21 @@ def test_possible_options_are_accepted(arguments):
 
 def test_the_config_is_parsed_from_the_command_line(tmp_path):
     (config,) = HfArgumentParser(LayupConfig).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "--peers_per_step", "3", "--windows", "shared", "--max_steps", "5"]
+        [
+            *("--output_dir", str(tmp_path), "--use_cpu", "--max_steps", "5"),
+            *("--peers_per_step", "3", "--windows", "shared", "--shared_batches", "False"),
+            *("--straggler", "rank=0,compute=1"),
+        ]
     )
     assert isinstance(config, TrainingArguments)
     assert (config.peers_per_step, config.windows, config.max_steps) == (3, "shared", 5)
+    assert (config.shared_batches, config.straggler) == (False, "rank=0,compute=1")
 
 
 def test_the_command_line_has_the_defaults(tmp_path):
     (config,) = HfArgumentParser(LayupConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
     assert (config.peers_per_step, config.windows) == (None, "auto")
+    assert (config.shared_batches, config.straggler) == (True, None)
 
 
 def test_an_impossible_option_on_the_command_line_is_refused(tmp_path):
@@ -145,6 +205,7 @@ def test_the_options_combine_with_any_subclass_of_the_arguments(arguments):
 
 def test_the_options_can_stand_alone():
     assert LayupOptions().windows == "auto"
+    assert LayupOptions().shared_batches
     with pytest.raises(ValueError, match="peers_per_step=0"):
         LayupOptions(peers_per_step=0)
 
@@ -190,20 +251,30 @@ def test_a_search_for_the_batch_size_is_refused_with_several_workers():
 # ---- The data ----
 
 
-@pytest.mark.parametrize(("samples", "batch_size", "workers"), [(4, 1, 4), (7, 2, 4), (1, 8, 1), (100, 8, 2)])
-def test_a_batch_for_every_worker_is_enough(samples, batch_size, workers):
-    check_data(Dataset.from_dict({"x": range(samples)}), batch_size, workers)
+def sizes(batch_size, accumulation, workers):
+    return SimpleNamespace(train_batch_size=batch_size, gradient_accumulation_steps=accumulation, world_size=workers)
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch_size", "workers", "most"), [(3, 1, 4, 3), (6, 2, 4, 3), (1, 8, 2, 1), (0, 8, 2, 1)]
+    ("samples", "batch_size", "accumulation", "workers"),
+    [(4, 1, 1, 4), (7, 2, 1, 4), (13, 2, 2, 4), (1, 8, 4, 1), (0, 8, 1, 1), (100, 8, 2, 2)],
 )
-def test_fewer_batches_than_workers_are_refused(samples, batch_size, workers, most):
-    with pytest.raises(ValueError, match=rf"{samples} samples.*fewer than the {workers} workers") as error:
-        check_data([None] * samples, batch_size, workers)
-    assert f"Start at most {most} workers, lower `per_device_train_batch_size`" in str(error.value)
+def test_a_step_for_every_worker_is_enough(samples, batch_size, accumulation, workers):
+    check_data(Dataset.from_dict({"x": range(samples)}), sizes(batch_size, accumulation, workers))
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "accumulation", "workers", "steps"),
+    [(3, 1, 1, 4, 3), (6, 2, 1, 4, 3), (12, 2, 2, 4, 3), (7, 1, 2, 5, 4), (1, 8, 1, 2, 1), (0, 8, 1, 2, 0)],
+)
+def test_fewer_steps_than_workers_are_refused(samples, batch_size, accumulation, workers, steps):
+    numbers = f"{samples} samples, {steps} steps of {batch_size * accumulation}: fewer than the {workers} workers"
+    with pytest.raises(ValueError, match=numbers) as error:
+        check_data([None] * samples, sizes(batch_size, accumulation, workers))
+    assert f"Start at most {max(1, steps)} workers, lower `per_device_train_batch_size`" in str(error.value)
+    assert "`gradient_accumulation_steps`" in str(error.value)
 
 
 def test_a_dataset_of_unknown_length_is_accepted():
-    check_data(Dataset.from_dict({"x": [1]}).to_iterable_dataset(), 8, 100)
-    check_data(None, 8, 100)
+    check_data(Dataset.from_dict({"x": [1]}).to_iterable_dataset(), sizes(8, 1, 100))
+    check_data(None, sizes(8, 1, 100))

@@ -119,7 +119,28 @@ def test_staleness_counts_the_steps_of_all_workers_since_the_peer_last_stepped()
     for worker in (1, 2, 2):
         fleet.run(("offer", worker, 0, 1))
     fleet.run(("merge", 1, 0))
-    assert sorted(fleet.engines[1]._staleness.elements())[-1] == 3
+    assert fleet.engines[1].staleness == {0: 1, 3: 1}
+    assert fleet.engines[0].staleness == {}
+
+
+def test_figures_tell_the_median_staleness_since_they_were_last_asked_for():
+    fleet = Fleet(make_models(3))
+    engine = fleet.engines[1]
+
+    def merge_after(steps):
+        fleet.run(("offer", 0, 0, 1))  # to 1
+        for _ in range(steps):
+            fleet.run(("offer", 2, 1, 0))  # of another block: not counted
+            fleet.run(("offer", 2, 0, 0))
+        fleet.run(("merge", 1, 0))
+
+    for steps in (1, 1, 4):
+        merge_after(steps)
+    assert engine.figures()["layup/staleness"] == 1
+    merge_after(5)
+    assert engine.figures()["layup/staleness"] == 5
+    assert "layup/staleness" not in engine.figures()
+    assert engine.staleness == {1: 2, 4: 1, 5: 1}  # of the whole run
 
 
 def test_a_tensor_that_peers_no_longer_see_is_noticed():

@@ -196,6 +196,34 @@ def test_mean_loss_is_over_the_workers_that_have_published():
     assert third.mean_loss() == 3.0
 
 
+def test_everybody_sees_how_many_steps_and_tokens_each_worker_has():
+    first, second, third = ledgers(3)
+    assert third.done.tolist() == third.tokens.tolist() == [0, 0, 0]
+    first.done[0] = 5
+    second.done[1] = 2**63
+    second.tokens[1] += np.uint64(7)
+    second.tokens[1] += np.uint64(7)
+    for ledger in (first, second, third):
+        assert ledger.done.tolist() == [5, 2**63, 0]
+        assert ledger.tokens.tolist() == [0, 14, 0]
+
+
+def test_settling_keeps_the_counts_of_steps_and_tokens():
+    first, second = ledgers(2)
+    first.done[0], first.tokens[0] = 3, 4
+    for ledger in (first, second):
+        ledger.settle()
+    assert (second.done.tolist(), second.tokens.tolist()) == ([3, 0], [4, 0])
+
+
+def test_a_ledger_opened_later_sees_what_the_peers_have_counted():
+    memory = np.zeros(Ledger.size(BLOCKS, 2), np.uint64)
+    first = Ledger(memory, BLOCKS, 2, 0)
+    first.done[0], first.tokens[0] = 3, 4
+    second = Ledger(memory, BLOCKS, 2, 1)
+    assert (second.done.tolist(), second.tokens.tolist()) == ([3, 0], [4, 0])
+
+
 def test_every_word_has_one_writer():
     def words_written(rank):
         before = np.arange(Ledger.size(BLOCKS, 3), dtype=np.uint64)
@@ -208,13 +236,15 @@ def test_every_word_has_one_writer():
                 ledger.take(block, peer, 1)
             ledger.count_step(block)
         ledger.report_loss(1.0)
+        ledger.done[rank] = 2**40
+        ledger.tokens[rank] = 2**40
         return set(np.flatnonzero(before != after).tolist())
 
     first, second, third = map(words_written, range(3))
     assert not first & second
     assert not first & third
     assert not second & third
-    assert len(first) >= BLOCKS * (2 + 2 + 3) + 1
+    assert len(first) >= BLOCKS * (2 + 2 + 3) + 3
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,6 @@ original_consensus = layup_hf.trainer.reach_consensus
 
 def checked_consensus(blocks, ledger):
     """The mass-weighted mean, computed the simple way: gather everything."""
-    result.setdefault("collectives_before_consensus", sum(collectives.values()))
     torch.distributed.barrier()
     masses = ledger.masses()
     models = gather_object([[block.tensors for block in blocks]])
@@ -104,7 +103,18 @@ def checked_consensus(blocks, ledger):
 
 
 layup_hf.trainer.reach_consensus = checked_consensus
-trainer = LayupTrainer(model=model, args=config, train_dataset=data, eval_dataset=data[:16], callbacks=[Observer()])
+
+
+class ObservedTrainer(LayupTrainer):
+    """Counts the collectives between two meetings, callbacks and logging included."""
+
+    def _meet(self, *args, **kwargs):
+        result.setdefault("collectives_between_meetings", []).append(sum(collectives.values()))
+        super()._meet(*args, **kwargs)
+        collectives.clear()
+
+
+trainer = ObservedTrainer(model=model, args=config, train_dataset=data, eval_dataset=data[:16], callbacks=[Observer()])
 count_collectives()
 trainer.train()
 trainer.save_model()

@@ -1,0 +1,272 @@
+"""The training loop of several workers: by a common clock, and without waiting between two meetings."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import skip_first_batches
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.optimization import GreedyLR
+
+from .clock import ProgressClock, WorkerFailure
+from .ledger import Ledger
+from .sharing import SharedLoader, SharedStream, Update
+
+_POLL = 0.002  # seconds between two looks at whether a slow peer has given up batches
+
+
+class _Arrival(NamedTuple):
+    """What a worker says when it comes to a meeting."""
+
+    step: int
+    epoch: int
+    has_ended: bool
+    steps_done: int
+
+
+class _Wishes(NamedTuple):
+    """What the callbacks of a worker want all workers to do."""
+
+    evaluate: bool = False
+    save: bool = False
+    stop_epoch: bool = False
+    stop_training: bool = False
+
+
+class ClockedLoop:
+    """The Trainer's loop for several workers. To be mixed into a subclass of `Trainer`; with one worker the Trainer's
+    own loop stays.
+
+    A worker's own step and the run's `global_step` are two things here. A worker takes its own steps at its own pace;
+    `global_step` is the number of steps that all workers together have begun, divided by the number of workers. What
+    the Trainer does once per step by the clock is done once for every value of `global_step` on every worker, also when
+    a slow worker catches up on several at once: the scheduler's step and `on_step_end`, and with it the decisions to
+    log, evaluate, save and stop. The other events of a step come with every own step.
+
+    Evaluating, saving and stopping need all workers: they *meet* between two of their steps. What the callbacks of any
+    worker ask for is done by all.
+    """
+
+    _clock: ProgressClock | None = None
+    _in_step = False  # between the beginning of a step and the end of its callbacks
+    _is_acting = False  # all workers evaluate or save together
+
+    def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
+        self._clock = clock
+        self._ledger = ledger
+        self._begun = clock.draw()  # steps that all workers had begun before this worker's next one
+        self._steps_done = self._steps_logged = 0  # own steps in this call of train()
+        self._steps_of_all = 0  # at the latest meeting
+        self._in_step = self._is_acting = self._data_has_ended = self._has_cut_epoch = False
+        self._grad_norm: Tensor | None = None
+        self._learning_rate: float | None = None
+
+    def _stop_loop(self) -> None:
+        self._clock = None
+
+    def _run_epoch(self, **call: Any) -> None:
+        if self._clock is None:
+            return super()._run_epoch(**call)
+        self._epoch = epoch = call["epoch"]
+        is_first = call["resume_from_checkpoint"] is not None and epoch == call["epochs_trained"]
+        is_last = epoch + 1 >= self.state.num_train_epochs
+        if is_first:
+            self._load_rng_state(call["resume_from_checkpoint"])
+        self._log_evaluate_save: Callable[[], None] = lambda: self._maybe_log_save_evaluate(
+            self._tr_loss,
+            self._grad_norm,
+            call["model"],
+            call["trial"],
+            epoch,
+            call["ignore_keys_for_eval"],
+            call["start_time"],
+            learning_rate=self._learning_rate,
+        )
+
+        skip = call["steps_trained_in_current_epoch"] if is_first else 0
+        for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
+            self._take_step(call["model"], update)
+            self._follow_clock()
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                self._has_cut_epoch = True
+                break
+        else:
+            self.state.epoch = epoch + 1
+            if is_last:
+                self._end_data()
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        if any(self._wishes()):
+            self._meet(has_ended=True)
+        elif self.control.should_log:
+            self._log_evaluate_save()
+        return None
+
+    def _updates(self, loader: Any, epoch: int, is_last: bool, skip: int) -> Iterator[Update]:
+        """The batches of this worker's steps until its data of the epoch end, or in the last one the training."""
+        while True:
+            if not isinstance(loader, SharedLoader | SharedStream):
+                self._shard_place = (epoch, skip)
+                for update in _updates_of_shard(loader, epoch, self.args.gradient_accumulation_steps, skip):
+                    skip += len(update)
+                    self._shard_place = (epoch, skip)
+                    yield iter(update)
+            else:
+                yield from loader.updates(epoch)
+                # Where all are about to meet anyway, what a slow worker has drawn ahead is taken over from it.
+                meets = is_last or "epoch" in (self.args.eval_strategy, self.args.save_strategy)
+                while True:
+                    is_finished = loader.is_finished(epoch)
+                    yield from loader.given_up(epoch)
+                    if is_finished or not meets:
+                        break
+                    time.sleep(_POLL)
+                    self._clock.look()
+                    if self._clock.called:
+                        self._meet()
+                    if self.control.should_training_stop:
+                        return
+            if self._ends_with_data or not is_last:
+                return
+            epoch, skip = epoch + 1, 0
+
+    def _take_step(self, model: nn.Module, update: Update) -> None:
+        """One own step: what the Trainer does for one, without the parts that go by the clock."""
+        args, self._in_step = self.args, True
+        batches, num_items = self.get_batch_samples(update, args.gradient_accumulation_steps, args.device)
+        self.current_gradient_accumulation_steps = len(batches)
+        self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+        for number, inputs in enumerate(batches, start=1):
+            is_synchronizing = number == len(batches)
+            self.accelerator.gradient_state._set_sync_gradients(is_synchronizing)
+            self._add_loss(self.training_step(model, inputs, num_items))
+            self.current_flos += float(self.floating_point_ops(inputs))
+            self._track_num_input_tokens(inputs)
+            if not is_synchronizing:
+                self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
+        grad_norm = self._clip_grad_norm(model) if args.max_grad_norm > 0 else None
+        self._grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)
+        self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
+        self.optimizer.step()
+        self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
+        self._learning_rate = self._get_learning_rate()
+        model.zero_grad()
+        self._steps_done += 1
+        self._ledger.done[self._ledger.rank] = self._steps_done
+        self._in_step = False
+
+    def _add_loss(self, loss: Tensor) -> None:
+        if self.args.logging_nan_inf_filter:  # as the Trainer's, without asking the device what the loss is
+            usual = self._tr_loss / (1 + self._steps_done - self._steps_logged)
+            loss = torch.where(torch.isfinite(loss), loss, usual)
+        self._tr_loss += loss
+
+    def _follow_clock(self) -> None:
+        """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
+        self._begun = self._clock.draw()
+        self._advance(self._begun // self.args.world_size)
+        wants_to_meet = any(self._wishes())
+        if wants_to_meet:
+            self._clock.call_meeting()
+        if wants_to_meet or self._clock.called:
+            self._meet()
+        elif self.control.should_log:
+            self._log_evaluate_save()
+
+    def _advance(self, step: int) -> None:
+        """Let `global_step` catch up with the clock, with all that goes by it."""
+        if self._ends_with_data and not self._data_has_ended:
+            step = min(step, self.state.max_steps - 1)  # the last one ends training: not before all data have been used
+        self._in_step = True
+        while self.state.global_step < min(step, self.state.max_steps):
+            if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+                self.lr_scheduler.step()
+            self.state.global_step += 1
+            epochs = self.state.global_step * self.args.world_size / self._updates_per_epoch
+            self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        self._in_step = False
+
+    def _end_data(self) -> None:
+        """Nothing is left of the last epoch: once that is so for all workers, training ends."""
+        self._meet(has_ended=True, is_silent=True, until_stopped=True)
+        if not self.control.should_training_stop:
+            self._data_has_ended = True
+            if not self._has_cut_epoch:
+                self._advance(self.state.max_steps)  # all steps have been made, up to rounding
+            self._meet(has_ended=True)
+
+    # ---- Meetings ----
+
+    def _meet(self, *, has_ended: bool = False, is_silent: bool = False, until_stopped: bool = False) -> None:
+        """Wait for all workers between two of their steps, agree on the step, do what any of them wants. Collective.
+
+        Args:
+            has_ended: This worker has nothing to do before the others have come as far. It stays until they have; until
+                then it joins in what they want, and keeps back what it wants itself.
+            is_silent: It keeps back what it wants in any case.
+            until_stopped: It does not stay when training is stopped.
+        """
+        self._next_epoch = self._epoch + has_ended
+        while True:
+            arrivals = self._gather(_Arrival(self.state.global_step, self._epoch, has_ended, self._steps_done))
+            is_ahead = has_ended and any(not a.has_ended and a.epoch <= self._epoch for a in arrivals)
+            self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
+            self._advance(max(arrival.step for arrival in arrivals))
+            if self.args.process_index == 0:
+                self._clock.answer_calls()  # all are here, and nobody leaves before the next gathering
+            own, kept_back = self._wishes(), _Wishes()
+            if is_silent or is_ahead:
+                own, kept_back = kept_back, own
+            self._set_wishes(_any_of(self._gather(own)))
+            if self.control.should_evaluate or self.control.should_save:
+                self._is_acting = True
+                self._log_evaluate_save()
+                self._is_acting = False
+            self._set_wishes(_any_of([self._wishes(), kept_back]))
+            if not is_ahead or (until_stopped and self.control.should_training_stop):
+                return
+
+    def _gather(self, item: Any) -> list[Any]:
+        """One object of every worker. Collective.
+
+        Raises:
+            WorkerFailure: A worker has ended meanwhile.
+        """
+        try:
+            return gather_object([item])
+        except RuntimeError as error:
+            message = self._clock.failure() or "A worker has ended without a word: was it killed, or out of memory?"
+            raise WorkerFailure(message) from error
+
+    def _wishes(self) -> _Wishes:
+        control = self.control
+        return _Wishes(
+            control.should_evaluate, control.should_save, control.should_epoch_stop, control.should_training_stop
+        )
+
+    def _set_wishes(self, wishes: _Wishes) -> None:
+        control = self.control
+        control.should_evaluate, control.should_save, control.should_epoch_stop, control.should_training_stop = wishes
+
+
+def _any_of(wishes: Sequence[_Wishes]) -> _Wishes:
+    return _Wishes(*map(any, zip(*wishes, strict=True)))
+
+
+def _updates_of_shard(loader: Any, epoch: int, accumulation: int, skip: int) -> Iterator[list[Any]]:
+    """Batches of one step each, from a loader of the Trainer's own making, which yields this worker's shard."""
+    if skip:
+        loader = skip_first_batches(loader, skip)
+    inner = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    for part in (loader, inner):  # accelerate does not pass the epoch on to a batch sampler that it has wrapped
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+    batches = iter(loader)
+    while update := list(itertools.islice(batches, accumulation)):
+        yield update

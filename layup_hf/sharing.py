@@ -1,0 +1,261 @@
+"""Work sharing: each epoch is drawn part by part by whichever worker is ready for more."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+
+from .cursor import Cursor, Draw, FixedShares
+
+Update = Iterator[Any]
+"""The batches of one optimizer step: one, or as many as are accumulated."""
+
+
+class SharedLoader:
+    """The training batches of one worker, out of one seeded order of each epoch for all workers.
+
+    Every sample of an epoch goes to exactly one worker, in the order in which workers are ready for more. With
+    `num_workers` of the loader, batches are drawn ahead; what a slow worker has drawn ahead and not begun when all
+    others are done is taken over by them.
+
+    Args:
+        make_loader: Makes a `DataLoader` with a given batch sampler.
+        sampler: Gives the order of an epoch. Under the same seed it must give the same order on every worker.
+        batch_size: Samples in a batch of this worker. Workers may differ.
+        accumulation: Batches of one optimizer step.
+        drop_last: Leave out what is less than a batch.
+        seed: Seed of the orders; with it a random sampler gives the order that DDP would use.
+        rank: This worker.
+        world_size: Number of workers.
+
+    Attributes:
+        update_size: Samples of one optimizer step of this worker.
+        mean_update: Their mean over all workers, once it is known.
+        cursor: What all workers draw from; set while training.
+    """
+
+    def __init__(
+        self,
+        make_loader: Callable[[Sampler[list[int]]], DataLoader],
+        sampler: Sampler[int],
+        *,
+        batch_size: int,
+        accumulation: int,
+        drop_last: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if type(sampler) is RandomSampler and sampler.generator is None and not sampler.replacement:
+            sampler = SeedableRandomSampler(sampler.data_source, num_samples=len(sampler), data_seed=seed)
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.sampler = sampler
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self.update_size = batch_size * accumulation
+        self.mean_update = float(self.update_size)
+        self.cursor: Cursor | FixedShares = FixedShares(rank, world_size)
+        self._make_loader = make_loader
+        self._batches = _DrawnBatches(batch_size, self.update_size, drop_last)
+        self._taken_over: deque[Draw] = deque()
+        self._loader = make_loader(self._batches)
+        self.dataset = self._loader.dataset
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of all workers together in an epoch; an estimate where workers differ in batch size."""
+        samples = len(self.sampler)
+        if self._batches.drop_last:
+            samples -= samples % self.batch_size
+        return max(1, math.ceil(samples / self.mean_update))
+
+    def __len__(self) -> int:
+        """Batches of an epoch for one worker, on average."""
+        return math.ceil(self.updates_per_epoch * self.accumulation / self._world_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches of the first epoch as a worker among equally fast ones would get them, to look at."""
+        look = copy.copy(self)  # so that looking during training changes nothing
+        look._batches = _DrawnBatches(self.batch_size, self.update_size, self._batches.drop_last)
+        look._loader = self._make_loader(look._batches)
+        look.cursor = FixedShares(self._rank, self._world_size)
+        for update in look.updates(0):
+            yield from update
+
+    def updates(self, epoch: int) -> Iterator[Update]:
+        """This worker's share of the epoch. An update must be used up before the next is taken.
+
+        Raises:
+            ValueError: The workers have different orders of the epoch.
+        """
+        self._taken_over.clear()
+        drawn = self._batches.begin(self.cursor, epoch, self._order(epoch))
+        batches = iter(self._loader)
+        for first in batches:
+            draw = drawn.popleft()
+            update = itertools.chain([first], itertools.islice(batches, self._batches.count(draw) - 1))
+            if self._batches.gave_up and not self.cursor.claim(draw):
+                deque(update, maxlen=0)  # a peer was quicker
+            else:
+                yield update
+
+    def given_up(self, epoch: int) -> Iterator[Update]:
+        """What peers have given up, as long as there is any: loaded here and now, as nobody has drawn it ahead."""
+        for draw in self.cursor.given_up_by_peers(epoch):
+            if not self.cursor.is_claimed(draw) and self.cursor.claim(draw):
+                self._taken_over.extend(draw.split(self.update_size))  # the peer's steps may be larger
+            while self._taken_over:
+                part = self._taken_over.popleft()
+                if self._batches.count(part):
+                    yield (
+                        self._loader.collate_fn([self.dataset[place] for place in places])
+                        for places in self._batches.split(part)
+                    )
+
+    def is_finished(self, epoch: int) -> bool:
+        """Whether no peer can give up anything any more."""
+        return self.cursor.all_gave_up(epoch)
+
+    def not_begun(self) -> list[Draw]:
+        """What this worker has drawn ahead and nobody has begun."""
+        mine = [d for d in self._batches.drawn if not (self._batches.gave_up and self.cursor.is_claimed(d))]
+        return [*self._taken_over, *mine]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed + epoch)  # torch.manual_seed would reseed the GPUs, too
+            order = np.fromiter(self.sampler, dtype=np.int64)
+        if not self.cursor.require_same(f"order/{epoch}", f"{zlib.crc32(order)} of {len(order)}"):
+            raise ValueError(
+                f"The workers have different orders of epoch {epoch}, so they cannot share its batches: their data "
+                "sets differ, or the sampler draws from a generator of its own that is not seeded alike. Give all "
+                "workers the same data and seed, or set `shared_batches=False`."
+            )
+        return order
+
+
+class _DrawnBatches(Sampler[list[int]]):
+    """The batch sampler of a `SharedLoader`: draws when it is asked for more."""
+
+    def __init__(self, batch_size: int, update_size: int, drop_last: bool) -> None:
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.drawn: deque[Draw] = deque()
+        self.gave_up = False
+        self._update_size = update_size
+
+    def begin(self, cursor: Cursor | FixedShares, epoch: int, order: np.ndarray) -> deque[Draw]:
+        """Get ready for an epoch; the result will hold what has been drawn and is still to be begun."""
+        self._cursor, self._epoch, self._order = cursor, epoch, order
+        self.drawn.clear()
+        self.gave_up = False
+        return self.drawn
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while draw := self._cursor.draw(self._epoch, self._update_size, len(self._order)):
+            if self.count(draw):
+                self.drawn.append(draw)
+                yield from self.split(draw)
+        self._cursor.give_up(self._epoch, list(self.drawn))
+        self.gave_up = True
+
+    def count(self, draw: Draw) -> int:
+        """Number of batches in a draw."""
+        batches = (draw.stop - draw.start) / self.batch_size
+        return math.floor(batches) if self.drop_last else math.ceil(batches)
+
+    def split(self, draw: Draw) -> Iterator[list[int]]:
+        """The samples of each batch."""
+        for start in range(draw.start, draw.stop, self.batch_size)[: self.count(draw)]:
+            yield self._order[start : min(start + self.batch_size, draw.stop)].tolist()
+
+
+class SharedStream:
+    """The training batches of one worker out of an iterable data set that all workers read.
+
+    Each worker reads the whole stream and uses the batches that it has drawn. The stream must be the same on every
+    worker.
+
+    Args:
+        loader: Yields the batches of the whole stream.
+        accumulation: Batches of one optimizer step.
+        rank: This worker.
+        world_size: Number of workers.
+
+    Attributes:
+        update_size: Samples of one optimizer step.
+        mean_update: The same, as all workers must cut the stream alike.
+        cursor: What all workers draw from; set while training.
+    """
+
+    def __init__(self, loader: DataLoader, accumulation: int, rank: int, world_size: int) -> None:
+        self._loader = loader
+        self._rank, self._world_size = rank, world_size
+        self.batch_size = loader.batch_size
+        self.dataset = loader.dataset
+        self.update_size = loader.batch_size * accumulation
+        self.mean_update = float(self.update_size)
+        self.cursor: Cursor | FixedShares = FixedShares(rank, world_size)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of all workers together in an epoch, if the data set knows its length."""
+        return max(1, math.ceil(len(self._loader) * self.batch_size / self.update_size))
+
+    def __len__(self) -> int:
+        """Batches of an epoch for one worker, on average.
+
+        Raises:
+            TypeError: The data set does not know its length.
+        """
+        return math.ceil(len(self._loader) / self._world_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches of the first epoch as a worker among equally fast ones would get them, to look at."""
+        look = copy.copy(self)  # so that looking during training changes nothing
+        look.cursor = FixedShares(self._rank, self._world_size)
+        for update in look.updates(0):
+            yield from update
+
+    def updates(self, epoch: int) -> Iterator[Update]:
+        """This worker's share of the epoch. An update must be used up before the next is taken.
+
+        Raises:
+            ValueError: The stream is empty.
+        """
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        batches, place = iter(self._loader), 0
+        while draw := self.cursor.draw(epoch, self.update_size, 1 << 62):
+            start, stop = draw.start // self.batch_size, draw.stop // self.batch_size
+            deque(itertools.islice(batches, start - place), maxlen=0)
+            update = list(itertools.islice(batches, stop - start))
+            if not update:
+                if draw.start == 0:
+                    raise ValueError(f"The training set yields not a single batch in epoch {epoch}.")
+                return
+            place = stop
+            yield iter(update)
+
+    def given_up(self, epoch: int) -> Iterator[Update]:
+        """Nothing: a batch is drawn when it is begun."""
+        return iter(())
+
+    def is_finished(self, epoch: int) -> bool:
+        return True
+
+    def not_begun(self) -> list[Draw]:
+        return []

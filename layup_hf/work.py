@@ -1,0 +1,170 @@
+"""Where a worker's batches come from, and how many there are of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed import Store
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from .cursor import Cursor
+from .sharing import SharedLoader, SharedStream
+
+logger = logging.get_logger(__name__)
+
+_LOADER_OPTIONS = (
+    "collate_fn",
+    "in_order",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "prefetch_factor",
+    "worker_init_fn",
+)
+
+
+class WorkSharing:
+    """Lets several workers draw their batches from one order of each epoch. To be mixed into a subclass of `Trainer`.
+
+    With `shared_batches=False`, with one worker, or where a subclass makes its own training loader, every worker keeps
+    the shard that the Trainer gives it.
+    """
+
+    _cursor: Cursor | None = None
+    _position: dict[str, Any] | None = None  # in the data, from the checkpoint that training resumes from
+
+    @property
+    def _shares_batches(self) -> bool:
+        return self.args.world_size > 1 and getattr(self.args, "shared_batches", True)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if not is_training or self.args.world_size == 1:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if not self._shares_batches:
+            with _nothing_dispatched(self.accelerator):
+                return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        with _nothing_prepared(self.accelerator):
+            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        rank, world_size = self.args.process_index, self.args.world_size
+        accumulation = self.args.gradient_accumulation_steps
+        if isinstance(loader.dataset, IterableDataset):
+            return SharedStream(loader, accumulation, rank, world_size)
+
+        def make_loader(batches: Sampler[list[int]]) -> DataLoader:
+            options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
+            return DataLoader(loader.dataset, batch_sampler=batches, **options)
+
+        return SharedLoader(
+            make_loader,
+            loader.sampler,
+            batch_size=loader.batch_size,
+            accumulation=accumulation,
+            drop_last=loader.drop_last,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """As the Trainer's, with epochs and steps of all workers together."""
+        self._train_loader, workers = dataloader, args.world_size
+        is_shared = isinstance(dataloader, SharedLoader | SharedStream)
+        if self._shares_batches and not is_shared:
+            logger.warning(
+                f"{type(self).__name__} makes its own training loader, so batches are not shared: every worker keeps "
+                "its shard, and a slow worker's shard takes longer. Override `_get_train_sampler` instead of "
+                "`get_train_dataloader` to share batches."
+            )
+        if is_shared:
+            sizes = gather_object([dataloader.update_size])
+            dataloader.mean_update = sum(sizes) / len(sizes)
+            self._least_update = min(sizes)
+            if isinstance(dataloader, SharedStream) and len(set(sizes)) > 1:
+                raise ValueError(
+                    f"Workers have batches of {sizes} samples and an iterable training set, which exclude each other: "
+                    "all must cut the stream alike. Give all the same `per_device_train_batch_size`, or set "
+                    "`shared_batches=False`."
+                )
+        values = super().set_initial_training_values(args, dataloader)
+        epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps = values
+        self._updates_per_epoch = steps_per_epoch * workers
+        self._ends_with_data = args.max_steps <= 0 and float(args.num_train_epochs).is_integer()
+        if is_shared and has_length(dataloader):
+            self._updates_per_epoch = dataloader.updates_per_epoch
+            steps_per_epoch = self._updates_per_epoch / workers
+            if args.max_steps > 0:
+                epochs = math.ceil(max_steps / steps_per_epoch)
+            else:
+                max_steps = math.ceil(args.num_train_epochs * self._updates_per_epoch / workers)
+        return epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: float, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        epochs_trained, skip = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args
+        )
+        position = self.state.stateful_callbacks.pop("layup_hf", None)
+        if self.args.world_size == 1:
+            return epochs_trained, skip
+        if isinstance(self._train_loader, SharedLoader | SharedStream):
+            if position is None or "drawn" not in position:  # a checkpoint of the stock Trainer, or of shards
+                samples = (self.state.global_step % num_update_steps_per_epoch) * self.args.world_size
+                samples = round(samples * self._train_loader.mean_update)
+                position = {"epoch": epochs_trained, "drawn": {epochs_trained: samples}, "not_begun": []}
+            self._position = None if self.args.ignore_data_skip else position
+            return position["epoch"], 0
+        shards = (position or {}).get("shards", [])
+        if len(shards) == self.args.world_size:
+            epochs_trained, skip = shards[self.args.process_index]
+        return min(epochs_trained, num_train_epochs - 1), 0 if self.args.ignore_data_skip else skip
+
+    def _share_work(self, store: Store) -> None:
+        """Begin to draw batches together with the peers."""
+        if isinstance(self._train_loader, SharedLoader | SharedStream):
+            rank, world_size = self.args.process_index, self.args.world_size
+            self._cursor = Cursor(store, rank, world_size, self._position, most=self._least_update)
+            self._train_loader.cursor = self._cursor
+
+    def _keep_position(self) -> None:
+        """Note in the Trainer's state, for a checkpoint, where in the data all workers are. Collective."""
+        if self._cursor is None:
+            has_ended = self._next_epoch > self._epoch
+            place = (self._next_epoch, 0) if has_ended else self._shard_place
+            position: dict[str, Any] = {"shards": gather_object([place])}
+        else:
+            places = gather_object([(self._next_epoch, self._train_loader.not_begun())])
+            first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
+            not_begun = itertools.chain.from_iterable(draws for _, draws in places)
+            position = {"epoch": first, **self._cursor.position(range(first, last + 1), not_begun)}
+        self.state.stateful_callbacks["layup_hf"] = position
+
+
+@contextlib.contextmanager
+def _nothing_prepared(accelerator: Accelerator) -> Iterator[None]:
+    """Let `accelerator.prepare` give back what it gets: the Trainer's own loader without accelerate's shards."""
+    accelerator.prepare = lambda loader: loader
+    try:
+        yield
+    finally:
+        del accelerator.prepare
+
+
+@contextlib.contextmanager
+def _nothing_dispatched(accelerator: Accelerator) -> Iterator[None]:
+    """Let every worker read an iterable data set itself; by default rank 0 would, and all would wait for it."""
+    config = accelerator.dataloader_config
+    before, config.dispatch_batches = config.dispatch_batches, False
+    try:
+        yield
+    finally:
+        config.dispatch_batches = before

@@ -1,0 +1,187 @@
+"""One counter for all workers: consecutive draws, calls to meetings, and failures."""
+
+import itertools
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch.distributed as dist
+from fleet import together
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layup_hf.clock import ProgressClock, WorkerFailure, connect_store
+
+
+def clocks(workers, start=0, store=None):
+    store = store or dist.HashStore()
+    return [ProgressClock(store, start if rank == 0 else None) for rank in range(workers)]
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """The store of the process group, as a launcher keeps it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    return store
+
+
+# ---- Draws ----
+
+
+@settings(deadline=None, max_examples=50)
+@given(workers=st.lists(st.integers(0, 4), max_size=40), start=st.integers(0, 2**40))
+def test_draws_are_consecutive_over_all_workers(workers, start):
+    everybody = clocks(5, start)
+    assert [everybody[worker].draw() for worker in workers] == list(range(start, start + len(workers)))
+
+
+def test_draws_of_threads_are_consecutive(launcher):
+    everybody = clocks(4, start=7, store=connect_store("run"))
+    numbers = together([lambda c=clock: [c.draw() for _ in range(50)] for clock in everybody])
+    assert sorted(itertools.chain(*numbers)) == list(range(7, 207))
+    assert all(own == sorted(own) for own in numbers)
+
+
+def test_looking_draws_nothing():
+    first, second = clocks(2, start=3)
+    first.look()
+    second.look()
+    assert first.draw() == 3
+
+
+# ---- Meetings ----
+
+
+def test_a_call_is_seen_by_everybody_who_draws_or_looks():
+    caller, drawing, looking, idle = everybody = clocks(4)
+    assert not any(clock.called for clock in everybody)
+    caller.call_meeting()
+    drawing.draw()
+    looking.look()
+    assert (drawing.called, looking.called, idle.called) == (True, True, False)
+
+
+def test_an_answered_call_is_over_and_draws_go_on_where_they_were():
+    first, second, third = everybody = clocks(3, start=10)
+    assert [clock.draw() for clock in everybody] == [10, 11, 12]
+    first.call_meeting()
+    assert second.draw() == 13
+    assert second.called
+    second.answer_calls()
+    assert third.draw() == 14
+    assert second.draw() == 15
+    assert not third.called
+    assert not second.called
+
+
+def test_several_calls_are_answered_at_once():
+    everybody = clocks(5, start=2)
+    for clock in (*everybody, everybody[3]):
+        clock.call_meeting()
+    everybody[0].answer_calls()
+    assert [clock.draw() for clock in everybody] == [2, 3, 4, 5, 6]
+    assert not any(clock.called for clock in everybody)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from(["draw", "look", "call_meeting", "answer_calls"]), st.integers(0, 2))))
+def test_calls_and_answers_never_change_what_is_drawn(actions):
+    everybody, drawn, has_call = clocks(3), 0, False
+    for action, worker in actions:
+        result = getattr(everybody[worker], action)()
+        if action == "draw":
+            assert result == drawn
+            drawn += 1
+        if action in ("draw", "look"):
+            assert everybody[worker].called == has_call
+        else:
+            has_call = action == "call_meeting"
+
+
+def test_an_answer_without_a_call_changes_nothing():
+    first, second = clocks(2, start=5)
+    first.answer_calls()
+    assert second.draw() == 5
+
+
+# ---- Failures ----
+
+
+def test_after_a_failure_every_draw_and_look_of_every_worker_raises_what_was_reported():
+    everybody = clocks(3)
+    everybody[0].draw()
+    everybody[1].report_failure("rank 1: disk full")
+    for clock in everybody * 2:
+        for action in (clock.draw, clock.look, clock.answer_calls):
+            with pytest.raises(WorkerFailure, match=r"^rank 1: disk full$"):
+                action()
+
+
+@pytest.mark.parametrize("failures", [2, 7, 8, 16])
+def test_several_failures_are_noticed_too(failures):
+    """On a host that breaks, all workers may fail at once."""
+    *failing, alive = clocks(failures + 1)
+    for rank, clock in enumerate(failing):
+        clock.report_failure(f"rank {rank}: disk full")
+    for action in (alive.draw, alive.look):
+        with pytest.raises(WorkerFailure, match=r"rank \d+: disk full"):
+            action()
+
+
+def test_a_failure_is_noticed_besides_calls():
+    first, second, third = clocks(3)
+    first.call_meeting()
+    second.report_failure("no memory")
+    third.call_meeting()
+    with pytest.raises(WorkerFailure, match="no memory"):
+        third.draw()
+
+
+def test_the_report_of_a_failure_can_be_asked_for():
+    first, second = clocks(2)
+    assert second.failure() is None
+    first.report_failure("Größe: 3 µm")
+    assert second.failure() == "Größe: 3 µm"
+
+
+# ---- The store ----
+
+
+def test_the_workers_of_a_run_meet_in_the_launchers_store(launcher):
+    first, second = ProgressClock(connect_store("run"), 4), ProgressClock(connect_store("run"))
+    assert [first.draw(), second.draw(), first.draw()] == [4, 5, 6]
+    first.call_meeting()
+    second.look()
+    assert second.called
+    first.report_failure("gone")
+    with pytest.raises(WorkerFailure, match="gone"):
+        second.draw()
+    assert first.failure() == second.failure() == "gone"
+
+
+def test_two_runs_do_not_see_each_other(launcher):
+    former = ProgressClock(connect_store("former"), 100)
+    former.draw()
+    former.report_failure("gone")
+    later = ProgressClock(connect_store("later"), 0)
+    assert [later.draw(), later.draw()] == [0, 1]
+    assert later.failure() is None
+    assert former.failure() == "gone"
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_launcher_that_does_not_say_where_the_store_is_is_refused(name, launcher, monkeypatch):
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=rf"{name}.* is not set.*`accelerate launch` or `torchrun`"):
+        connect_store("run")
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch):
+    quickly = partial(dist.TCPStore, timeout=timedelta(milliseconds=100))
+    monkeypatch.setattr("layup_hf.clock.TCPStore", lambda *args, timeout, **options: quickly(*args, **options))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):
+        connect_store("run")

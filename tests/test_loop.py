@@ -1,0 +1,283 @@
+"""Whole runs of real workers of unequal speed: the clock, shared work, meetings, and workers that fail."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from launching import Run, run
+from transformers import AutoModelForCausalLM
+
+COMMON = ["--per_device_train_batch_size=2", "--disable_tqdm=True", "--learning_rate=1e-3"]
+
+
+def work(folder, *cases, workers=2):
+    """Run cases one after the other in the same processes; the log, and each case's results in the order of ranks."""
+    arguments = []
+    for number, options in enumerate(cases):
+        arguments += [*COMMON, "--save_strategy=no", f"--output_dir={folder}/out{number}", *options, "--then"]
+    started = run("work.py", workers, arguments[:-1], folder, timeout=280)
+    return started.output, list(zip(*started.results(), strict=True))
+
+
+def start(folder, *options, workers=2):
+    return Run("work.py", workers, [*COMMON, *options, f"--output_dir={folder}/out"], folder)
+
+
+def counts(*batches):
+    """How often each sample came."""
+    return Counter(index for batch in batches for index in batch)
+
+
+def all_samples(results):
+    return counts(*(batch for result in results for batch in result["samples"]))
+
+
+def seen_until(results, event, step):
+    """What had been seen at the meeting of this kind at this step."""
+    seen = []
+    for result in results:
+        own = next(own for name, at, own in result["events"] if (name, at) == (event, step))
+        seen += result["samples"][: own * len(result["samples"]) // result["steps"]]
+    return counts(*seen)
+
+
+# ---- The clock ----
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Rank 1 takes four times as long for a step."""
+    options = ["--max_steps=40", "--slow=0.06", "--logging_steps=5", "--include_num_input_tokens_seen=True"]
+    log, cases = work(tmp_path_factory.mktemp("unequal"), [*options, "--eval_strategy=steps", "--eval_steps=15"])
+    return log, *cases[0]
+
+
+def test_the_sum_over_workers_is_exact_and_a_slow_worker_does_less(unequal):
+    _, fast, slow = unequal
+    assert fast["steps"] + slow["steps"] == 80
+    assert slow["steps"] < fast["steps"] / 2
+    assert slow["steps"] > 5
+    assert fast["global_step"] == slow["global_step"] == 40
+
+
+def test_every_worker_sees_every_step_of_the_clock_once_with_its_learning_rate(unequal):
+    for result in unequal[1:]:
+        assert result["clock"] == list(range(1, 41))
+        assert result["rates"] == pytest.approx([1e-3 * (1 - step / 40) for step in range(1, 41)])
+        assert result["epochs"] == sorted(result["epochs"])
+        assert result["epochs"][-1] == pytest.approx(80 / 32)
+
+
+def test_meetings_happen_at_exact_steps(unequal):
+    for result in unequal[1:]:
+        assert [step for name, step, _ in result["events"] if name == "evaluate"] == [15, 30, 40]
+    for step in (15, 30, 40):  # a step of the clock is one of every worker on average
+        assert sum(seen_until(unequal[1:], "evaluate", step).values()) == step * 2 * 2
+
+
+def test_logs_tell_means_and_totals_of_all_workers(unequal):
+    log, fast, slow = unequal
+    assert fast["train_loss"] == slow["train_loss"]
+    assert 3 < fast["train_loss"] < 4.2
+    assert fast["tokens"] == slow["tokens"] == 80 * 2 * 16
+    assert [entry["step"] for entry in fast["logs"] if "loss" in entry] == list(range(5, 41, 5))
+    line = next(line for line in log.splitlines() if line.startswith("LayUp:"))
+    assert f"steps by worker {fast['steps']}/{slow['steps']}" in line
+    assert "clock steps old (median; 95 % at most" in line
+    assert "mass by worker at the end" in line
+
+
+# ---- Shared work ----
+
+DATA = {
+    "map": [],
+    "loader processes": ["--dataloader_num_workers=2"],
+    "by length": ["--train_sampling_strategy=group_by_length", "--gradient_accumulation_steps=3"],
+    "unequal batches": ["--batch_sizes=4/1", "--gradient_accumulation_steps=2"],
+    "shards": ["--shared_batches=False"],
+}
+
+
+def options_of_epochs(options):
+    return ["--num_train_epochs=2", "--slow=0.06", "--eval_strategy=epoch", *options]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Two epochs of 64 samples from each kind of data, with a slow rank 1."""
+    _, cases = work(tmp_path_factory.mktemp("shared"), *map(options_of_epochs, DATA.values()))
+    return dict(zip(DATA, cases, strict=True))
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_every_sample_comes_once_per_epoch_whoever_is_slow(kind, shared):
+    results = shared[kind]
+    first = next(step for name, step, _ in results[0]["events"] if name == "evaluate")
+    assert seen_until(results, "evaluate", first) == counts(range(64))
+    assert all_samples(results) == counts(range(64), range(64))
+    if kind == "shards":
+        assert results[0]["steps"] == results[1]["steps"]
+    else:
+        assert results[0]["steps"] > results[1]["steps"]
+    for result in results:
+        assert [name for name, _, _ in result["events"]] == ["epoch", "evaluate"] * 2
+        assert result["clock"] == list(range(1, result["max_steps"] + 1))
+
+
+RESUMED = {
+    "loader processes": ["--dataloader_num_workers=2"],
+    "iterable": ["--iterable=True", "--max_steps=32"],
+    "shards": ["--shared_batches=False"],
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Two epochs of each kind of data, and then again from step 10."""
+    folder, cases = tmp_path_factory.mktemp("resumed"), []
+    for options in RESUMED.values():
+        checkpoint = folder / f"out{len(cases)}" / "checkpoint-10"
+        common = ["--num_train_epochs=2", "--slow=0.06", *options]
+        cases.append([*common, "--save_strategy=steps", "--save_steps=10"])
+        cases.append([*common, f"--resume_from_checkpoint={checkpoint}"])
+    _, results = work(folder, *cases)
+    return dict(zip(RESUMED, zip(results[::2], results[1::2], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(kind, resumed):
+    first, second = resumed[kind]
+    seen = seen_until(first, "save", 10)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 40
+    assert all_samples(first) == counts(range(64), range(64))
+    assert seen + all_samples(second) == counts(range(64), range(64))
+    for result in second:
+        assert result["clock"] == list(range(11, 33))
+        assert result["global_step"] == 32
+
+
+# ---- Meetings ----
+
+WISHES = ["evaluate", "save", "stop_epoch", "stop_training"]
+
+
+@pytest.fixture(scope="module")
+def wished(tmp_path_factory):
+    """After its fifth own step, rank 1's callback asks for something."""
+    options = ["--num_train_epochs=2", "--slow=0.05", "--save_strategy=steps", "--save_steps=1000"]
+    _, cases = work(tmp_path_factory.mktemp("wished"), *([*options, f"--wish={wish}"] for wish in WISHES))
+    return dict(zip(WISHES, cases, strict=True))
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_what_a_callback_of_one_worker_asks_for_is_done_by_all(wish, wished):
+    results = wished[wish]
+    events = [[(name, step) for name, step, _ in result["events"]] for result in results]
+    assert events[0][0] == events[1][0]
+    name, at = events[0][0]
+    assert name == (wish if wish in ("evaluate", "save") else "epoch")
+    own = [result["events"][0][2] for result in results]
+    assert own[1] == 5  # at once, after the step that each of them was making
+    assert sum(own) <= 2 * at <= sum(own) + 2
+    if wish == "stop_training":
+        assert [result["global_step"] for result in results] == [at, at]
+    elif wish == "stop_epoch":
+        samples = seen_until(results, "epoch", at)
+        assert set(samples.values()) == {1}
+        assert 64 > len(samples) > 0
+        assert all_samples(results) == samples + counts(range(64))  # the second epoch is whole
+    else:
+        assert all_samples(results) == counts(range(64), range(64))
+
+
+def test_evaluating_in_the_middle_of_a_step_is_refused_and_the_peers_are_told(tmp_path):
+    started = start(tmp_path, "--num_train_epochs=2", "--evaluate_in_step=True")
+    assert started.wait() != 0
+    assert "set `control.should_evaluate` or `control.should_save`" in started.output
+    assert "WorkerFailure: Training ends, as rank 0 failed: RuntimeError: Evaluating" in started.output
+    started.assert_nothing_left()
+
+
+# ---- Workers that stop, fail, or are taken away ----
+
+
+def test_a_frozen_worker_stops_nobody_and_is_useful_afterwards(tmp_path):
+    started = start(tmp_path, "--max_steps=400", "--pace=0.05", "--save_strategy=no", "--samples=6000", workers=3)
+    started.wait_for("is under way", times=3)
+    time.sleep(2)
+    frozen = started.worker(1)
+    begin = time.time()
+    frozen.send_signal(signal.SIGSTOP)
+    time.sleep(20)
+    frozen.send_signal(signal.SIGCONT)
+    end = time.time()
+    assert started.wait() == 0, started.output[-8000:]
+    started.assert_nothing_left()
+    results = [cases[0] for cases in started.results()]
+    assert sum(result["steps"] for result in results) == 1200
+    assert set(all_samples(results).values()) == {1}  # 2400 of the 6000 samples
+    for result in results:
+        during = sum(begin + 0.5 < moment < end for moment in result["times"])
+        after = sum(moment > end for moment in result["times"])
+        if result["rank"] == 1:
+            assert during == 0
+        else:  # a step takes 0.05 s at least; half of that speed leaves room for a busy machine
+            assert during > 0.5 * 19.5 / 0.05, f"rank {result['rank']} made {during} steps in 19.5 s"
+        assert after > 20
+        assert result["clock"] == list(range(1, 401))
+
+
+def checkpoint_of(folder):
+    (checkpoint,) = Path(folder, "out").glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert checkpoint.name == f"checkpoint-{state['global_step']}"
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    return state
+
+
+@pytest.mark.parametrize("who", ["launcher", "worker"])
+def test_sigterm_leads_to_a_checkpoint_of_all(who, tmp_path):
+    started = start(tmp_path, "--max_steps=5000", "--save_strategy=steps", "--save_steps=4000", "--slow=0.1")
+    started.wait_for("is under way", times=2)
+    os.kill(started.process.pid if who == "launcher" else started.worker(1).pid, signal.SIGTERM)
+    assert started.wait(60) != 0
+    started.assert_nothing_left()
+    assert "got SIGTERM: all workers end after step" in started.output
+    assert "saving a checkpoint" in started.output
+    assert checkpoint_of(tmp_path)["stateful_callbacks"]["layup_hf"]["drawn"]
+    assert not started.results()  # the script did not go on as if training had been completed
+    if who == "worker":
+        assert "exitcode  : 143" in started.output
+
+
+def test_sigterm_without_a_save_strategy_saves_nothing_and_says_so(tmp_path):
+    started = start(tmp_path, "--max_steps=5000", "--save_strategy=no")
+    started.wait_for("is under way", times=2)
+    os.kill(started.process.pid, signal.SIGTERM)
+    assert started.wait(60) != 0
+    started.assert_nothing_left()
+    assert "saving nothing, as `save_strategy` is 'no'" in started.output
+    assert not list(Path(tmp_path, "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("fault", ["1/error", "0/memory"])
+def test_a_worker_that_fails_tells_the_others_why(fault, tmp_path):
+    started = start(tmp_path, "--max_steps=5000", "--save_strategy=no", f"--raise_on={fault}")
+    assert started.wait(60) != 0
+    started.assert_nothing_left()
+    rank, error = (1, "ArithmeticError") if fault == "1/error" else (0, "OutOfMemoryError")
+    assert f"WorkerFailure: Training ends, as rank {rank} failed: {error}: made on purpose" in started.output
+
+
+def test_a_killed_worker_ends_the_run_with_a_message(tmp_path):
+    started = start(tmp_path, "--max_steps=5000", "--save_strategy=no")
+    started.wait_for("is under way", times=2)
+    started.worker(1).kill()
+    assert started.wait(60) != 0
+    started.assert_nothing_left()
+    assert "WorkerFailure: A worker has ended without a word: was it killed, or out of memory?" in started.output
