@@ -104,21 +104,27 @@ def check_options(args: Any) -> None:
 
 def _check_data_options(args: Any) -> None:
     """Ways to hand out batches that would make workers wait for each other."""
-    accelerator = getattr(args, "accelerator_config", None)
+    config = getattr(args, "accelerator_config", None) or {}
+    values = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # a dict, or a file, at first
     for option, instead in (
         ("dispatch_batches", "leave it unset, and every worker reads the data set itself"),
         ("split_batches", "set `per_device_train_batch_size` to what one worker is to take"),
     ):
-        if getattr(accelerator, option, None):
+        if values.get(option):
             raise ValueError(
                 f"`accelerator_config={{'{option}': True}}` and LayUp exclude each other: all workers would take each "
                 f"batch together. Remove `{option}`: {instead}."
             )
     shares = getattr(args, "shared_batches", True)
-    if not shares and not getattr(accelerator, "use_seedable_sampler", True):
+    if not shares and not values.get("use_seedable_sampler", True):
         raise ValueError(
             "`accelerator_config={'use_seedable_sampler': False}` and `shared_batches=False` exclude each other: the "
             "workers would wait for rank 0's random numbers in every epoch. Remove one of the two."
+        )
+    if shares and not getattr(args, "dataloader_in_order", True):
+        raise ValueError(
+            "`dataloader_in_order=False` and `shared_batches=True` exclude each other: a worker must know which batch "
+            "it has got. Remove one of the two."
         )
     if shares and getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise ValueError(
@@ -134,6 +140,8 @@ _REFUSED = {
     "replica on each",
     "fp16": "loss scaling needs all gradients at once. Use `bf16` or fp32",
     "torch_compile": "a model compiled as a whole does not complete its gradients block by block",
+    "torch_compile_backend": "a model compiled as a whole does not complete its gradients block by block",
+    "torch_compile_mode": "a model compiled as a whole does not complete its gradients block by block",
 }
 
 
@@ -149,6 +157,13 @@ def check_runtime(trainer: Any) -> None:
         raise ValueError(
             f"The launcher asks for {distributed}, which LayUp excludes: every worker trains a full replica. Launch "
             "with `accelerate launch --multi_gpu --num_processes N`, without a plugin for sharding."
+        )
+    if trainer.accelerator.mixed_precision == "fp16" or trainer.accelerator.state.dynamo_plugin.backend.value != "NO":
+        raise ValueError(
+            "The launcher asks for fp16 or for a compiled model (`--mixed_precision fp16`, `--dynamo_backend`, or "
+            "`accelerate config`), which LayUp excludes: loss scaling needs all gradients at once, and a model "
+            "compiled as a whole does not complete them block by block. Launch with `--mixed_precision bf16` or `no`, "
+            "and `--dynamo_backend no`."
         )
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
@@ -177,7 +192,10 @@ def check_data(dataset: Any, args: TrainingArguments) -> None:
     if dataset is None or not hasattr(dataset, "__len__") or args.world_size == 1:
         return
     samples = args.train_batch_size * args.gradient_accumulation_steps
-    steps = -(-len(dataset) // samples)
+    usable = (
+        len(dataset) // args.train_batch_size * args.train_batch_size if args.dataloader_drop_last else len(dataset)
+    )
+    steps = -(-usable // samples)
     if steps < args.world_size:
         raise ValueError(
             f"The training set has {len(dataset)} samples, {steps} steps of {samples}: fewer than the "

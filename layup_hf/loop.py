@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import skip_first_batches
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
 from .clock import ProgressClock, WorkerFailure
 from .ledger import Ledger
+from .report import show_shares
 from .sharing import SharedLoader, SharedStream, Update
 
 _POLL = 0.002  # seconds between two looks at whether a slow peer has given up batches
@@ -27,6 +28,7 @@ class _Arrival(NamedTuple):
     step: int
     epoch: int
     has_ended: bool
+    purpose: str
     steps_done: int
 
 
@@ -63,9 +65,11 @@ class ClockedLoop:
         self._begun = clock.draw()  # steps that all workers had begun before this worker's next one
         self._steps_done = self._steps_logged = 0  # own steps in this call of train()
         self._steps_of_all = 0  # at the latest meeting
-        self._in_step = self._is_acting = self._data_has_ended = self._has_cut_epoch = False
+        self._in_step = self._is_acting = self._data_has_ended = False
+        self._epoch, self._last_cut_epoch = 0, -1
         self._grad_norm: Tensor | None = None
         self._learning_rate: float | None = None
+        self._log_evaluate_save: Callable[[], None] = lambda: None
 
     def _stop_loop(self) -> None:
         self._clock = None
@@ -78,7 +82,7 @@ class ClockedLoop:
         is_last = epoch + 1 >= self.state.num_train_epochs
         if is_first:
             self._load_rng_state(call["resume_from_checkpoint"])
-        self._log_evaluate_save: Callable[[], None] = lambda: self._maybe_log_save_evaluate(
+        self._log_evaluate_save = lambda: self._maybe_log_save_evaluate(
             self._tr_loss,
             self._grad_norm,
             call["model"],
@@ -93,10 +97,9 @@ class ClockedLoop:
         for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
             self._take_step(call["model"], update)
             self._follow_clock()
-            if self.control.should_epoch_stop or self.control.should_training_stop:
-                self._has_cut_epoch = True
+            if self._is_stopped():
                 break
-        else:
+        if not self._is_stopped():
             self.state.epoch = epoch + 1
             if is_last:
                 self._end_data()
@@ -109,13 +112,19 @@ class ClockedLoop:
 
     def _updates(self, loader: Any, epoch: int, is_last: bool, skip: int) -> Iterator[Update]:
         """The batches of this worker's steps until its data of the epoch end, or in the last one the training."""
-        while True:
+        while not self._is_stopped():
             if not isinstance(loader, SharedLoader | SharedStream):
                 self._shard_place = (epoch, skip)
+                is_empty = skip == 0
                 for update in _updates_of_shard(loader, epoch, self.args.gradient_accumulation_steps, skip):
+                    is_empty = False
                     skip += len(update)
                     self._shard_place = (epoch, skip)
                     yield iter(update)
+                if is_empty:
+                    raise ValueError(
+                        f"The training loader of rank {self.args.process_index} yields not a single batch."
+                    )
             else:
                 yield from loader.updates(epoch)
                 # Where all are about to meet anyway, what a slow worker has drawn ahead is taken over from it.
@@ -129,7 +138,7 @@ class ClockedLoop:
                     self._clock.look()
                     if self._clock.called:
                         self._meet()
-                    if self.control.should_training_stop:
+                    if self._is_stopped():
                         return
             if self._ends_with_data or not is_last:
                 return
@@ -138,6 +147,8 @@ class ClockedLoop:
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
         args, self._in_step = self.args, True
+        if self.accelerator.non_blocking:
+            update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = self.get_batch_samples(update, args.gradient_accumulation_steps, args.device)
         self.current_gradient_accumulation_steps = len(batches)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
@@ -170,6 +181,7 @@ class ClockedLoop:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
         self._begun = self._clock.draw()
         self._advance(self._begun // self.args.world_size)
+        show_shares(self.callback_handler.callbacks, self._ledger.done)
         wants_to_meet = any(self._wishes())
         if wants_to_meet:
             self._clock.call_meeting()
@@ -194,43 +206,71 @@ class ClockedLoop:
 
     def _end_data(self) -> None:
         """Nothing is left of the last epoch: once that is so for all workers, training ends."""
-        self._meet(has_ended=True, is_silent=True, until_stopped=True)
-        if not self.control.should_training_stop:
+        self._meet(has_ended=True, purpose="the end of the data", until_stopped=True)
+        if not self._is_stopped():
             self._data_has_ended = True
-            if not self._has_cut_epoch:
+            if self._last_cut_epoch < 0:
                 self._advance(self.state.max_steps)  # all steps have been made, up to rounding
             self._meet(has_ended=True)
 
     # ---- Meetings ----
 
-    def _meet(self, *, has_ended: bool = False, is_silent: bool = False, until_stopped: bool = False) -> None:
+    def _meet(self, *, has_ended: bool = False, purpose: str = "", until_stopped: bool = False) -> None:
         """Wait for all workers between two of their steps, agree on the step, do what any of them wants. Collective.
 
         Args:
             has_ended: This worker has nothing to do before the others have come as far. It stays until they have; until
                 then it joins in what they want, and keeps back what it wants itself.
-            is_silent: It keeps back what it wants in any case.
-            until_stopped: It does not stay when training is stopped.
+            purpose: What all workers come for together, from the same line of code. This worker stays until all have.
+            until_stopped: It does not stay when training or this epoch is stopped.
+
+        Raises:
+            RuntimeError: The workers have come for different purposes.
         """
         self._next_epoch = self._epoch + has_ended
+        mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done)
         while True:
-            arrivals = self._gather(_Arrival(self.state.global_step, self._epoch, has_ended, self._steps_done))
-            is_ahead = has_ended and any(not a.has_ended and a.epoch <= self._epoch for a in arrivals)
+            arrivals = self._gather(mine._replace(step=self.state.global_step))
+            stays = self._has_to_stay(mine, arrivals)
             self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
+            before = self._wishes()
+            self._set_wishes(_Wishes())
             self._advance(max(arrival.step for arrival in arrivals))
             if self.args.process_index == 0:
                 self._clock.answer_calls()  # all are here, and nobody leaves before the next gathering
-            own, kept_back = self._wishes(), _Wishes()
-            if is_silent or is_ahead:
-                own, kept_back = kept_back, own
-            self._set_wishes(_any_of(self._gather(own)))
-            if self.control.should_evaluate or self.control.should_save:
-                self._is_acting = True
-                self._log_evaluate_save()
-                self._is_acting = False
-            self._set_wishes(_any_of([self._wishes(), kept_back]))
-            if not is_ahead or (until_stopped and self.control.should_training_stop):
+            # What the step brings concerns all now; what this worker came with may have to wait.
+            come_due = self._wishes()
+            self._set_wishes(self._what_all_want(come_due if stays else _any_of([come_due, before])))
+            self._is_acting = True
+            self._log_evaluate_save()
+            self._is_acting = False
+            if stays:
+                self._set_wishes(_any_of([self._wishes(), before]))
+            if not stays or (until_stopped and self._is_stopped()):
                 return
+
+    def _has_to_stay(self, mine: _Arrival, arrivals: Sequence[_Arrival]) -> bool:
+        """Whether this worker has to wait for another meeting."""
+        purposes = {arrival.purpose for arrival in arrivals}
+        if "" not in purposes and len(purposes) > 1:
+            raise RuntimeError(
+                f"The workers wait for each other with different purposes: {', '.join(sorted(purposes))}. What needs "
+                "all workers, such as evaluate() or save_model(), must be called on all of them."
+            )
+        if mine.purpose:
+            return "" in purposes
+        return mine.has_ended and any(not a.has_ended and a.epoch <= mine.epoch for a in arrivals)
+
+    def _is_stopped(self) -> bool:
+        """Whether to make no more steps in this epoch."""
+        return self._epoch <= self._last_cut_epoch or self.control.should_training_stop
+
+    def _what_all_want(self, own: _Wishes) -> _Wishes:
+        """What any worker wants. To stop an epoch concerns those who are in it, or have not come to it. Collective."""
+        wishes = self._gather((self._epoch, own))
+        self._last_cut_epoch = max([self._last_cut_epoch, *(epoch for epoch, wish in wishes if wish.stop_epoch)])
+        union = _any_of([wish for _, wish in wishes])
+        return union._replace(stop_epoch=self._epoch <= self._last_cut_epoch)
 
     def _gather(self, item: Any) -> list[Any]:
         """One object of every worker. Collective.
@@ -241,7 +281,10 @@ class ClockedLoop:
         try:
             return gather_object([item])
         except RuntimeError as error:
-            message = self._clock.failure() or "A worker has ended without a word: was it killed, or out of memory?"
+            message = self._clock.failure() or (
+                "A worker has ended without a word: was it killed, or out of memory? Or it has not come to a meeting "
+                "within `ddp_timeout`."
+            )
             raise WorkerFailure(message) from error
 
     def _wishes(self) -> _Wishes:

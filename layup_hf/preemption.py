@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -19,13 +21,31 @@ class PreemptionCallback(TrainerCallback):
     The signal may come to one worker or to all. Nothing is saved with `save_strategy="no"`. A second SIGTERM ends the
     process at once. Python delivers signals to the main thread only; training in another one is not protected.
 
+    Args:
+        ends_process: Whether the process ends after that; otherwise `train()` returns, as transformers' own callback
+            (`enable_jit_checkpoint`) has it.
+
     Attributes:
         is_requested: Whether the signal has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = True) -> None:
+        self.ends_process = ends_process
         self.is_requested = False
         self._previous: Any = None
+
+    @staticmethod
+    @contextlib.contextmanager
+    def instead_of_transformers(args: TrainingArguments | None) -> Iterator[None]:
+        """Keep the Trainer from adding its own callback for SIGTERM: that one saves in the middle of a step."""
+        if args is None or not args.enable_jit_checkpoint:
+            yield
+            return
+        args.enable_jit_checkpoint = False
+        try:
+            yield
+        finally:
+            args.enable_jit_checkpoint = True
 
     def install(self) -> None:
         """Begin to watch for the signal. Idempotent."""

@@ -118,10 +118,7 @@ class SharedLoader:
             while self._taken_over:
                 part = self._taken_over.popleft()
                 if self._batches.count(part):
-                    yield (
-                        self._loader.collate_fn([self.dataset[place] for place in places])
-                        for places in self._batches.split(part)
-                    )
+                    yield map(self._load, self._batches.split(part))
 
     def is_finished(self, epoch: int) -> bool:
         """Whether no peer can give up anything any more."""
@@ -132,17 +129,24 @@ class SharedLoader:
         mine = [d for d in self._batches.drawn if not (self._batches.gave_up and self.cursor.is_claimed(d))]
         return [*self._taken_over, *mine]
 
+    def _load(self, places: list[int]) -> Any:
+        """A batch, as the loader would make it."""
+        get_many = getattr(self.dataset, "__getitems__", None)
+        return self._loader.collate_fn(get_many(places) if get_many else [self.dataset[place] for place in places])
+
     def _order(self, epoch: int) -> np.ndarray:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
+        for part in (self.sampler, self.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed + epoch)  # torch.manual_seed would reseed the GPUs, too
             order = np.fromiter(self.sampler, dtype=np.int64)
         if not self.cursor.require_same(f"order/{epoch}", f"{zlib.crc32(order)} of {len(order)}"):
             raise ValueError(
                 f"The workers have different orders of epoch {epoch}, so they cannot share its batches: their data "
-                "sets differ, or the sampler draws from a generator of its own that is not seeded alike. Give all "
-                "workers the same data and seed, or set `shared_batches=False`."
+                "sets differ, or the sampler draws from a generator of its own that is not seeded alike, or groups by "
+                "length for another batch size. Give all workers the same data and seed, and with `group_by_length` "
+                "the same batch size, or set `shared_batches=False`."
             )
         return order
 

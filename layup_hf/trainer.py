@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -68,16 +69,22 @@ class LayupMixin(WorkSharing, ClockedLoop):
         self._windows: PeerWindows | None = None
         self._engine: GossipEngine | None = None
         self._agreed_at = -1  # steps of all workers together at the latest consensus point
-        super().__init__(*args, **kwargs)
+        self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
+        with self._preemption.instead_of_transformers(arguments):
+            super().__init__(*args, **kwargs)
         check_runtime(self)
         check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
-        self._preemption = PreemptionCallback()
-        if self.args.world_size > 1:
+        if self._minds_preemption:
             self.add_callback(self._preemption)
         if getattr(self.args, "straggler", None):
             self.add_callback(StragglerCallback(self.args.straggler))
         logger.info(f"LayUp sees {self.args.world_size} worker(s); this is rank {self.args.process_index}.")
+
+    @property
+    def _minds_preemption(self) -> bool:
+        """With one worker, as in the Trainer, only if asked to."""
+        return self.args.world_size > 1 or self.args.enable_jit_checkpoint
 
     # ---- Building ----
 
@@ -171,7 +178,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
     # ---- Training ----
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self.args.world_size > 1:
+        if self._minds_preemption:
             self._preemption.install()
         try:
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -183,7 +190,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
         finally:
             self._stop_gossip()
             self._preemption.remove()
-        if self._ends_early and not self.args.enable_jit_checkpoint:
+        if self._ends_early and self._preemption.ends_process:
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
@@ -239,17 +246,16 @@ class LayupMixin(WorkSharing, ClockedLoop):
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **self._engine.figures(),
         }
-        report.show_shares(self.callback_handler.callbacks, self._ledger.done)
         self.log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._reach_consensus()
+        self._reach_consensus("the end of training")
         self._ends_early = self._preemption.is_requested
         if self._engine is not None:
             self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
             staleness = sum(gather_object([self._engine.staleness]), Counter())
             if self.is_world_process_zero():
-                print(report.summary(self._ledger.done, staleness, self._masses), flush=True)
+                tqdm.write(report.summary(self._ledger.done, staleness, self._masses))
             self._average_loss()
             self._stop_gossip()
         return super()._finalize_training(*args, **kwargs)
@@ -268,11 +274,15 @@ class LayupMixin(WorkSharing, ClockedLoop):
 
     # ---- Consensus points ----
 
-    def _reach_consensus(self) -> None:
+    def _reach_consensus(self, purpose: str) -> None:
         """During training, make all workers hold the mass-weighted mean, and log what was found. Collective.
 
+        Args:
+            purpose: What it is for; the same on all workers.
+
         Raises:
-            RuntimeError: It was asked for in the middle of a step, where the workers are not together.
+            RuntimeError: It was asked for in the middle of a step, where the workers are not together, or for
+                different purposes.
         """
         if self._engine is None:
             return
@@ -283,7 +293,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
                 "`control.should_save`, on any worker: all will do it together after their steps."
             )
         if not self._is_acting:
-            self._meet(has_ended=True, is_silent=True)
+            self._meet(has_ended=True, purpose=purpose)
         self._sum_tokens()
         if self._agreed_at == self._steps_of_all:
             return  # an evaluation and a save after the same step share one consensus point
@@ -295,23 +305,23 @@ class LayupMixin(WorkSharing, ClockedLoop):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        self._reach_consensus()
+        self._reach_consensus("evaluate()")
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        self._reach_consensus()
+        self._reach_consensus("predict()")
         return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._reach_consensus()
+        self._reach_consensus("a checkpoint")
         if self._engine is not None:
             self._keep_position()
         super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
-        self._reach_consensus()
+        self._reach_consensus("save_model()")
         super().save_model(*args, **kwargs)
 
 

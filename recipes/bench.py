@@ -3,6 +3,7 @@
     python recipes/bench.py speed    --processes 2      tokens per second and loss, methods in turn within one run
     python recipes/bench.py memory   --processes 2      peak memory, each method in a run of its own
     python recipes/bench.py overhead                    one process: step time of LayupTrainer against Trainer
+    python recipes/bench.py meetings --processes 2      what logging costs, and the parts of a meeting to evaluate
     python recipes/bench.py quality  --processes 4      held-out loss at equal samples, each at its best learning rate
 
 Prints a Markdown table and writes the figures as JSON into `--folder`. `quality` goes on where it was stopped.
@@ -39,7 +40,7 @@ def launch(script: str, processes: int, arguments: list[str]) -> None:
         [*command, str(HERE / script), *arguments], env=environment, text=True, capture_output=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{script} failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+        raise RuntimeError(f"{script} failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-8000:]}")
 
 
 def run_workers(options: argparse.Namespace, methods: str, rounds: int, *more: str) -> list[dict[str, Any]]:
@@ -100,6 +101,18 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def meetings(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What logging every step costs, and how long the parts of a meeting take once all workers have come."""
+    results = run_workers(options, "layup,logging,meeting", options.rounds)
+    rates = {method: by_round(results, method, "tokens_per_second") for method in ("layup", "logging")}
+    print(f"\nLogging every step: {median_ratio(rates['logging'], rates['layup']):.3f} of the speed without.")
+    print("\n| part of a meeting | milliseconds, median |\n|---|---|")
+    for part in ("agreeing", "consensus", "evaluation"):
+        seconds = [second for result in results for second in result["meeting_seconds"].get(part, [])]
+        print(f"| {part} | {1000 * statistics.median(seconds):.1f} |")
+    return results
+
+
 def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Held-out loss of the default recipe: every learning rate with the first seed, the best one with all seeds."""
     file = options.folder / "quality.json"
@@ -139,7 +152,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory", "overhead", "quality"])
+    parser.add_argument("what", choices=["speed", "memory", "overhead", "meetings", "quality"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=25)
@@ -156,7 +169,8 @@ def main() -> None:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(f"{options.what}, {options.processes} process(es), {device}, torch {torch.__version__}, {platform.machine()}")
-    results = {"speed": speed, "memory": memory, "overhead": overhead, "quality": quality}[options.what](options)
+    measures = {"speed": speed, "memory": memory, "overhead": overhead, "meetings": meetings, "quality": quality}
+    results = measures[options.what](options)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what != "quality":
         (options.folder / f"{options.what}-{options.processes}.json").write_text(json.dumps(results, indent=1) + "\n")

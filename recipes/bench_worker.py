@@ -9,14 +9,17 @@ import json
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from corpus import load_corpus
+from datasets import Dataset
 from model import make_config, make_model
 from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from layup_hf import LayupConfig, LayupTrainer
@@ -25,23 +28,62 @@ WARM_UP = 5  # steps not counted: allocator, caches, the optimizer's first state
 
 
 class AloneTrainer(LayupTrainer):
-    """Every worker for itself: what LayUp would be if communication cost nothing."""
+    """Every worker for itself, with the Trainer's loop: what LayUp would be if communication cost nothing."""
+
+    _shares_batches = False
 
     def _start_gossip(self) -> None:
         pass
 
 
-METHODS = {"layup": LayupTrainer, "ddp": Trainer, "alone": AloneTrainer}
+class MeetingTrainer(LayupTrainer):
+    """Notes how long the parts of a meeting take, apart from the wait for the others to come."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seconds: dict[str, list[float]] = {}
+
+    def _timed(self, name: str, function: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        value = function()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+        return value
+
+    def _what_all_want(self, own: Any) -> Any:
+        return self._timed("agreeing", lambda: super(MeetingTrainer, self)._what_all_want(own))
+
+    def _reach_consensus(self, purpose: str) -> None:
+        if self._is_acting and self._agreed_at != self._steps_of_all:
+            self._timed("consensus", lambda: super(MeetingTrainer, self)._reach_consensus(purpose))
+        else:
+            super()._reach_consensus(purpose)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed("evaluation", lambda: super(MeetingTrainer, self).evaluation_loop(*args, **kwargs))
+
+
+METHODS = {
+    "layup": LayupTrainer,
+    "ddp": Trainer,
+    "alone": AloneTrainer,
+    "logging": LayupTrainer,
+    "meeting": MeetingTrainer,
+}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "logging": {"logging_steps": 1},
+    "meeting": {"eval_strategy": "steps", "eval_steps": 5},
+}
+"""What differs from the common arguments."""
 
 
 class Stopwatch(TrainerCallback):
-    """Notes when each step ended."""
+    """Notes when each of this worker's own steps ended."""
 
     def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
         self.device = device
 
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         if len(self.times) in (0, WARM_UP) and self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -50,6 +92,11 @@ class Stopwatch(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             self.times[-1] = time.perf_counter()
+
+    @property
+    def median_step(self) -> float:
+        """Seconds from one step to the next, without the first steps."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self.times[WARM_UP:]))
 
 
 class PeakMemory:
@@ -91,6 +138,15 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
+def load_blocks(state: PartialState, block_size: int, count: int) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    """The default text's tokenizer, and `count` blocks of it. Collective."""
+    corpus, cache = load_corpus(), cache_folder()
+    with state.main_process_first():
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, VOCABULARY, cache)
+        rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
+        return tokenizer, make_blocks(*rows, block_size=block_size, most=count, name="training", cache=cache)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--methods", required=True)
@@ -106,12 +162,8 @@ def main() -> None:
 
     logging.set_verbosity_error()
     state = PartialState(cpu=not torch.cuda.is_available())
-    corpus, cache = load_corpus(), cache_folder()
-    with state.main_process_first():
-        tokenizer = cached_tokenizer(corpus.train, corpus.column, VOCABULARY, cache)
-        count = options.steps * options.batch_size * state.num_processes
-        rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
-        blocks = make_blocks(*rows, block_size=options.block_size, most=count, name="training", cache=cache)
+    count = options.steps * options.batch_size * state.num_processes
+    tokenizer, blocks = load_blocks(state, options.block_size, count)
     config = make_config(None, options.config_overrides, tokenizer, options.block_size)
 
     results = []
@@ -120,7 +172,7 @@ def main() -> None:
             state.wait_for_everyone()
             with PeakMemory(state.device, options.memory) as memory:
                 stopwatch = Stopwatch(state.device)
-                args = LayupConfig(
+                common = dict(
                     output_dir=options.folder,
                     use_cpu=state.device.type == "cpu",
                     max_steps=options.steps,
@@ -135,10 +187,12 @@ def main() -> None:
                     log_level="error",
                     ddp_find_unused_parameters=False,
                 )
+                args = LayupConfig(**{**common, **ARGUMENTS.get(method, {})})
                 trainer = METHODS[method](
                     model=make_model(None, config, seed=turn),
                     args=args,
                     train_dataset=blocks,
+                    eval_dataset=blocks.select(range(32)),
                     data_collator=collate,
                     callbacks=[stopwatch],
                 )
@@ -154,9 +208,10 @@ def main() -> None:
                 * options.batch_size
                 * options.block_size
                 / (times[-1] - times[0]),
-                "step_seconds": statistics.median(b - a for a, b in itertools.pairwise(times)),
+                "step_seconds": stopwatch.median_step,
                 "loss": losses[-1],
                 "peak_bytes": memory.bytes,
+                "meeting_seconds": getattr(trainer, "seconds", {}),
             }
             results.append(result)
             del trainer

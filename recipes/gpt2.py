@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from layup_hf import LayupConfig, LayupTrainer
+from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
 
 # The recipe's own defaults for the training options; the command line goes before them.
 DEFAULTS: dict[str, Any] = {
@@ -204,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
     timed = TimedLog()
+    callbacks = [timed]
+    if args.straggler and model_args.trainer == "ddp":
+        callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
     trainer = {"layup": LayupTrainer, "ddp": Trainer}[model_args.trainer](
         model=model,
         args=args,
@@ -211,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         eval_dataset=held_out,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[timed],
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

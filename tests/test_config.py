@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import DistributedType
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -31,6 +32,8 @@ REFUSED = {
     "fp16": ({"fp16": True}, "`bf16`"),
     "torch_compile": ({"torch_compile": True}, "Remove `torch_compile`"),
     "use_reentrant": ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
+    "torch_compile_backend": ({"torch_compile_backend": "inductor"}, "Remove `torch_compile_backend`"),
+    "torch_compile_mode": ({"torch_compile_mode": "default"}, "Remove `torch_compile_mode`"),
     "peers_per_step=0": ({"peers_per_step": 0}, "Leave it unset"),
     "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
     "windows='network'": ({"windows": "network"}, "'auto' or 'shared'"),
@@ -213,9 +216,32 @@ def test_the_options_can_stand_alone():
 # ---- What only the running process shows ----
 
 
-def trainer(distributed=DistributedType.NO, n_gpu=0, world_size=1, auto_find_batch_size=False, **attributes):
+def trainer(
+    distributed=DistributedType.NO,
+    n_gpu=0,
+    world_size=1,
+    auto_find_batch_size=False,
+    precision="no",
+    compiler="NO",
+    **attributes,
+):
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend(compiler)))
+    accelerator = SimpleNamespace(distributed_type=distributed, mixed_precision=precision, state=state)
     args = SimpleNamespace(n_gpu=n_gpu, world_size=world_size, auto_find_batch_size=auto_find_batch_size)
-    return SimpleNamespace(args=args, accelerator=SimpleNamespace(distributed_type=distributed), **attributes)
+    return SimpleNamespace(args=args, accelerator=accelerator, **attributes)
+
+
+@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"compiler": "INDUCTOR"}])
+def test_what_the_launcher_brings_in_is_refused_too(setting):
+    check_runtime(trainer(precision="bf16"))
+    with pytest.raises(ValueError, match="The launcher asks for fp16 or for a compiled model"):
+        check_runtime(trainer(**setting))
+
+
+def test_batches_out_of_order_are_refused_where_they_are_shared(arguments):
+    arguments(dataloader_in_order=False, shared_batches=False)
+    with pytest.raises(ValueError, match="`dataloader_in_order=False` and `shared_batches=True` exclude"):
+        arguments(dataloader_in_order=False)
 
 
 @pytest.mark.parametrize("distributed", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
@@ -251,8 +277,13 @@ def test_a_search_for_the_batch_size_is_refused_with_several_workers():
 # ---- The data ----
 
 
-def sizes(batch_size, accumulation, workers):
-    return SimpleNamespace(train_batch_size=batch_size, gradient_accumulation_steps=accumulation, world_size=workers)
+def sizes(batch_size, accumulation, workers, drop_last=False):
+    return SimpleNamespace(
+        train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        world_size=workers,
+        dataloader_drop_last=drop_last,
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,6 +304,12 @@ def test_fewer_steps_than_workers_are_refused(samples, batch_size, accumulation,
         check_data([None] * samples, sizes(batch_size, accumulation, workers))
     assert f"Start at most {max(1, steps)} workers, lower `per_device_train_batch_size`" in str(error.value)
     assert "`gradient_accumulation_steps`" in str(error.value)
+
+
+def test_a_batch_that_is_dropped_does_not_count():
+    check_data([None] * 7, sizes(2, 1, 4))
+    with pytest.raises(ValueError, match="7 samples, 3 steps of 2"):
+        check_data([None] * 7, sizes(2, 1, 4, drop_last=True))
 
 
 def test_a_dataset_of_unknown_length_is_accepted():

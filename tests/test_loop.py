@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import signal
 import time
 from collections import Counter
@@ -50,9 +52,11 @@ def seen_until(results, event, step):
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory):
-    """Rank 1 takes four times as long for a step."""
-    options = ["--max_steps=40", "--slow=0.06", "--logging_steps=5", "--include_num_input_tokens_seen=True"]
-    log, cases = work(tmp_path_factory.mktemp("unequal"), [*options, "--eval_strategy=steps", "--eval_steps=15"])
+    """Rank 1 takes four times as long for a step, and what it sends and receives is late."""
+    options = ["--max_steps=40", "--straggler=rank=1,compute=0.06,communication=0.1", "--eval_strategy=steps"]
+    options += ["--eval_on_start=True", "--eval_steps=15", "--logging_steps=5", "--include_num_input_tokens_seen=True"]
+    options += ["--disable_tqdm=False"]
+    log, cases = work(tmp_path_factory.mktemp("unequal"), options)
     return log, *cases[0]
 
 
@@ -74,7 +78,7 @@ def test_every_worker_sees_every_step_of_the_clock_once_with_its_learning_rate(u
 
 def test_meetings_happen_at_exact_steps(unequal):
     for result in unequal[1:]:
-        assert [step for name, step, _ in result["events"] if name == "evaluate"] == [15, 30, 40]
+        assert [step for name, step, _ in result["events"] if name == "evaluate"] == [0, 15, 30, 40]
     for step in (15, 30, 40):  # a step of the clock is one of every worker on average
         assert sum(seen_until(unequal[1:], "evaluate", step).values()) == step * 2 * 2
 
@@ -85,7 +89,8 @@ def test_logs_tell_means_and_totals_of_all_workers(unequal):
     assert 3 < fast["train_loss"] < 4.2
     assert fast["tokens"] == slow["tokens"] == 80 * 2 * 16
     assert [entry["step"] for entry in fast["logs"] if "loss" in entry] == list(range(5, 41, 5))
-    line = next(line for line in log.splitlines() if line.startswith("LayUp:"))
+    assert re.search(r"40/40 .*shares \d\d/\d\d %", log)  # the progress bar
+    line = re.search(r"^LayUp: .*$", log.replace("\r", "\n"), re.MULTILINE)[0]
     assert f"steps by worker {fast['steps']}/{slow['steps']}" in line
     assert "clock steps old (median; 95 % at most" in line
     assert "mass by worker at the end" in line
@@ -170,8 +175,9 @@ WISHES = ["evaluate", "save", "stop_epoch", "stop_training"]
 def wished(tmp_path_factory):
     """After its fifth own step, rank 1's callback asks for something."""
     options = ["--num_train_epochs=2", "--slow=0.05", "--save_strategy=steps", "--save_steps=1000"]
-    _, cases = work(tmp_path_factory.mktemp("wished"), *([*options, f"--wish={wish}"] for wish in WISHES))
-    return dict(zip(WISHES, cases, strict=True))
+    wishes = [*(f"--wish={wish}" for wish in WISHES), "--evaluate_at_epoch=True"]
+    _, cases = work(tmp_path_factory.mktemp("wished"), *([*options, wish] for wish in wishes))
+    return dict(zip([*WISHES, "call"], cases, strict=True))
 
 
 @pytest.mark.parametrize("wish", WISHES)
@@ -193,6 +199,49 @@ def test_what_a_callback_of_one_worker_asks_for_is_done_by_all(wish, wished):
         assert all_samples(results) == samples + counts(range(64))  # the second epoch is whole
     else:
         assert all_samples(results) == counts(range(64), range(64))
+
+
+def random_case(seed):
+    """Some training, with delays, meetings and wishes of every kind."""
+    draw = random.Random(seed)
+    options = ["--pace=0.002", f"--samples={draw.choice([30, 41, 64])}", f"--logging_steps={draw.choice([1, 3])}"]
+    kind = draw.choice(["iterable", "steps", "epochs", "epochs"])
+    if kind == "epochs":
+        options.append(f"--num_train_epochs={draw.choice([1, 2, 3, 1.5])}")
+    else:
+        options += [f"--max_steps={draw.randint(4, 20)}", *(["--iterable=True"] if kind == "iterable" else [])]
+    if draw.random() < 0.25:
+        options.append("--shared_batches=False")
+    if draw.random() < 0.3:
+        options.append(f"--gradient_accumulation_steps={draw.choice([2, 3])}")
+    for event in ("eval", "save"):
+        strategy = draw.choice(["no", "steps", "epoch"])
+        options += [f"--{event}_strategy={strategy}", f"--{event}_steps={draw.randint(1, 9)}"]
+    if draw.random() < 0.6:
+        options.append(f"--wish={draw.choice(WISHES)}")
+    if draw.random() < 0.4:
+        options.append("--evaluate_at_epoch=True")
+    delay = f"compute={draw.choice([0.002, 0.02])},distribution=exponential,seed={seed}"
+    return [*options, f"--straggler={delay}; rank={draw.randrange(3)},compute={draw.choice([0.01, 0.05])}"]
+
+
+def test_meetings_of_every_kind_come_to_an_end_and_all_workers_agree(tmp_path):
+    _, cases = work(tmp_path, *map(random_case, range(12)), workers=3)
+    for seed, results in enumerate(cases):
+        meetings = [[(name, step) for name, step, _ in r["events"] if name != "epoch"] for r in results]
+        assert meetings[0] == meetings[1] == meetings[2], random_case(seed)
+        assert len({result["global_step"] for result in results}) == 1, random_case(seed)
+        for result in results:
+            assert result["clock"] == list(range(1, result["global_step"] + 1)), random_case(seed)
+
+
+def test_evaluate_may_be_called_on_every_worker_at_the_end_of_an_epoch(wished):
+    for result in wished["call"]:
+        names = [name for name, _, _ in result["events"] if name != "save"]
+        assert names == ["epoch", "evaluate", "epoch", "evaluate"]
+    for step in {step for name, step, _ in wished["call"][0]["events"] if name == "evaluate"}:
+        seen = seen_until(wished["call"], "evaluate", step)
+        assert seen in (counts(range(64)), counts(range(64), range(64)))
 
 
 def test_evaluating_in_the_middle_of_a_step_is_refused_and_the_peers_are_told(tmp_path):

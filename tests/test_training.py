@@ -78,11 +78,13 @@ def test_accumulation_checkpointing_and_bf16_together(tmp_path):
         "--activation_checkpointing=True",
         "--bf16=True",
         "--peers_per_step=1",
+        "--logging_steps=4",
     ]
     for result in run("train.py", 2, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path).results():
         assert result["same_at_end"]
         assert result["consensus"][-1]["mass_exact"]
         assert set(result["collectives_between_meetings"]) == {0}
+        assert [entry["step"] for entry in result["logs"] if "loss" in entry] == [4, 8, 12]
         assert result["steps"] == 12
 
 

@@ -113,6 +113,7 @@ def test_results_appear_whole(tmp_path):
 def test_two_workers_train_a_model_that_loads(hub_cache, tmp_path, text_file, trainer):
     folder = tmp_path / "output"
     given = ["--trainer", trainer, "--max_steps", "5", "--output_dir", str(folder), "--train_file", str(text_file)]
+    given += ["--straggler", "rank=1,compute=0.3"]
     output = run(RECIPE, 2, [*given, *TINY], tmp_path, timeout=100).output
 
     assert output.count("2 worker(s) on") == 1
@@ -124,6 +125,10 @@ def test_two_workers_train_a_model_that_loads(hub_cache, tmp_path, text_file, tr
     assert results["points"][-1]["eval_loss"] == results["eval_loss"]
     seconds = [point["seconds"] for point in results["points"]]
     assert seconds == sorted(seconds)
+    if trainer == "ddp":
+        assert results["seconds"] > 5 * 0.3  # every step waits for the straggler
+    else:
+        assert "LayUp: steps by worker" in output
     assert (folder / "curve.png").stat().st_size > 1000
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

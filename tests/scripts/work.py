@@ -33,6 +33,8 @@ class WorkConfig(LayupConfig):
     """What rank 1's callback asks for after its 5th own step: evaluate, save, stop_epoch or stop_training."""
     evaluate_in_step: bool = False
     """Whether rank 0 calls evaluate() in on_step_end."""
+    evaluate_at_epoch: bool = False
+    """Whether every rank calls evaluate() in on_epoch_end."""
     raise_on: str = ""
     """Rank that fails after its 5th step, and how: `1/memory` or `0/error`."""
 
@@ -109,6 +111,8 @@ class Observer(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.note("epoch", state)
+        if self.config.evaluate_at_epoch:
+            self.trainer.evaluate()
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.note("evaluate", state)
