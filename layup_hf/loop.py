@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import skip_first_batches
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
-from .clock import ProgressClock, WorkerFailure
+from .clock import ProgressClock
 from .ledger import Ledger
+from .meetings import Meetings
 from .report import show_shares
 from .sharing import SharedLoader, SharedStream, Update
 
 _POLL = 0.002  # seconds between two looks at whether a slow peer has given up batches
+_PATIENCE = 1000  # looks before asking all to meet
 
 
-class _Arrival(NamedTuple):
-    """What a worker says when it comes to a meeting."""
-
-    step: int
-    epoch: int
-    has_ended: bool
-    purpose: str
-    steps_done: int
-
-
-class _Wishes(NamedTuple):
-    """What the callbacks of a worker want all workers to do."""
-
-    evaluate: bool = False
-    save: bool = False
-    stop_epoch: bool = False
-    stop_training: bool = False
-
-
-class ClockedLoop:
+class ClockedLoop(Meetings):
     """The Trainer's loop for several workers. To be mixed into a subclass of `Trainer`; with one worker the Trainer's
     own loop stays.
 
@@ -51,25 +34,19 @@ class ClockedLoop:
     a slow worker catches up on several at once: the scheduler's step and `on_step_end`, and with it the decisions to
     log, evaluate, save and stop. The other events of a step come with every own step.
 
-    Evaluating, saving and stopping need all workers: they *meet* between two of their steps. What the callbacks of any
-    worker ask for is done by all.
+    Evaluating, saving and stopping need all workers: they meet between two of their steps (see `Meetings`).
     """
 
-    _clock: ProgressClock | None = None
     _in_step = False  # between the beginning of a step and the end of its callbacks
-    _is_acting = False  # all workers evaluate or save together
 
     def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
-        self._clock = clock
+        self._start_meetings(clock)
         self._ledger = ledger
         self._begun = clock.draw()  # steps that all workers had begun before this worker's next one
-        self._steps_done = self._steps_logged = 0  # own steps in this call of train()
-        self._steps_of_all = 0  # at the latest meeting
-        self._in_step = self._is_acting = self._data_has_ended = False
-        self._epoch, self._last_cut_epoch = 0, -1
+        self._steps_logged = 0
+        self._in_step = self._data_has_ended = False
         self._grad_norm: Tensor | None = None
         self._learning_rate: float | None = None
-        self._log_evaluate_save: Callable[[], None] = lambda: None
 
     def _stop_loop(self) -> None:
         self._clock = None
@@ -129,15 +106,20 @@ class ClockedLoop:
                 yield from loader.updates(epoch)
                 # Where all are about to meet anyway, what a slow worker has drawn ahead is taken over from it.
                 meets = is_last or "epoch" in (self.args.eval_strategy, self.args.save_strategy)
+                patience = _PATIENCE
                 while True:
                     is_finished = loader.is_finished(epoch)
                     yield from loader.given_up(epoch)
                     if is_finished or not meets:
                         break
                     time.sleep(_POLL)
+                    patience -= 1
+                    if patience == 0:
+                        self._clock.call_meeting()  # do the others come here at all?
                     self._clock.look()
                     if self._clock.called:
                         self._meet()
+                        patience = _PATIENCE
                     if self._is_stopped():
                         return
             if self._ends_with_data or not is_last:
@@ -212,94 +194,6 @@ class ClockedLoop:
             if self._last_cut_epoch < 0:
                 self._advance(self.state.max_steps)  # all steps have been made, up to rounding
             self._meet(has_ended=True)
-
-    # ---- Meetings ----
-
-    def _meet(self, *, has_ended: bool = False, purpose: str = "", until_stopped: bool = False) -> None:
-        """Wait for all workers between two of their steps, agree on the step, do what any of them wants. Collective.
-
-        Args:
-            has_ended: This worker has nothing to do before the others have come as far. It stays until they have; until
-                then it joins in what they want, and keeps back what it wants itself.
-            purpose: What all workers come for together, from the same line of code. This worker stays until all have.
-            until_stopped: It does not stay when training or this epoch is stopped.
-
-        Raises:
-            RuntimeError: The workers have come for different purposes.
-        """
-        self._next_epoch = self._epoch + has_ended
-        mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done)
-        while True:
-            arrivals = self._gather(mine._replace(step=self.state.global_step))
-            stays = self._has_to_stay(mine, arrivals)
-            self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
-            before = self._wishes()
-            self._set_wishes(_Wishes())
-            self._advance(max(arrival.step for arrival in arrivals))
-            if self.args.process_index == 0:
-                self._clock.answer_calls()  # all are here, and nobody leaves before the next gathering
-            # What the step brings concerns all now; what this worker came with may have to wait.
-            come_due = self._wishes()
-            self._set_wishes(self._what_all_want(come_due if stays else _any_of([come_due, before])))
-            self._is_acting = True
-            self._log_evaluate_save()
-            self._is_acting = False
-            if stays:
-                self._set_wishes(_any_of([self._wishes(), before]))
-            if not stays or (until_stopped and self._is_stopped()):
-                return
-
-    def _has_to_stay(self, mine: _Arrival, arrivals: Sequence[_Arrival]) -> bool:
-        """Whether this worker has to wait for another meeting."""
-        purposes = {arrival.purpose for arrival in arrivals}
-        if "" not in purposes and len(purposes) > 1:
-            raise RuntimeError(
-                f"The workers wait for each other with different purposes: {', '.join(sorted(purposes))}. What needs "
-                "all workers, such as evaluate() or save_model(), must be called on all of them."
-            )
-        if mine.purpose:
-            return "" in purposes
-        return mine.has_ended and any(not a.has_ended and a.epoch <= mine.epoch for a in arrivals)
-
-    def _is_stopped(self) -> bool:
-        """Whether to make no more steps in this epoch."""
-        return self._epoch <= self._last_cut_epoch or self.control.should_training_stop
-
-    def _what_all_want(self, own: _Wishes) -> _Wishes:
-        """What any worker wants. To stop an epoch concerns those who are in it, or have not come to it. Collective."""
-        wishes = self._gather((self._epoch, own))
-        self._last_cut_epoch = max([self._last_cut_epoch, *(epoch for epoch, wish in wishes if wish.stop_epoch)])
-        union = _any_of([wish for _, wish in wishes])
-        return union._replace(stop_epoch=self._epoch <= self._last_cut_epoch)
-
-    def _gather(self, item: Any) -> list[Any]:
-        """One object of every worker. Collective.
-
-        Raises:
-            WorkerFailure: A worker has ended meanwhile.
-        """
-        try:
-            return gather_object([item])
-        except RuntimeError as error:
-            message = self._clock.failure() or (
-                "A worker has ended without a word: was it killed, or out of memory? Or it has not come to a meeting "
-                "within `ddp_timeout`."
-            )
-            raise WorkerFailure(message) from error
-
-    def _wishes(self) -> _Wishes:
-        control = self.control
-        return _Wishes(
-            control.should_evaluate, control.should_save, control.should_epoch_stop, control.should_training_stop
-        )
-
-    def _set_wishes(self, wishes: _Wishes) -> None:
-        control = self.control
-        control.should_evaluate, control.should_save, control.should_epoch_stop, control.should_training_stop = wishes
-
-
-def _any_of(wishes: Sequence[_Wishes]) -> _Wishes:
-    return _Wishes(*map(any, zip(*wishes, strict=True)))
 
 
 def _updates_of_shard(loader: Any, epoch: int, accumulation: int, skip: int) -> Iterator[list[Any]]:

@@ -225,14 +225,28 @@ def random_case(seed):
     return [*options, f"--straggler={delay}; rank={draw.randrange(3)},compute={draw.choice([0.01, 0.05])}"]
 
 
+# A slow rank 0 is still at the end of the first epoch when rank 1 stops the second one.
+STOPS_THE_NEXT_EPOCH = ["--pace=0.002", "--samples=30", "--num_train_epochs=2", "--gradient_accumulation_steps=2"]
+STOPS_THE_NEXT_EPOCH += ["--save_strategy=steps", "--save_steps=1", "--wish=stop_epoch", "--evaluate_at_epoch=True"]
+STOPS_THE_NEXT_EPOCH += ["--straggler=compute=0.02,distribution=exponential,seed=6; rank=0,compute=0.01"]
+
+
 def test_meetings_of_every_kind_come_to_an_end_and_all_workers_agree(tmp_path):
-    _, cases = work(tmp_path, *map(random_case, range(12)), workers=3)
-    for seed, results in enumerate(cases):
+    options = [STOPS_THE_NEXT_EPOCH, *map(random_case, range(11))]
+    _, cases = work(tmp_path, *options, workers=3)
+    for case, results in zip(options, cases, strict=True):
         meetings = [[(name, step) for name, step, _ in r["events"] if name != "epoch"] for r in results]
-        assert meetings[0] == meetings[1] == meetings[2], random_case(seed)
-        assert len({result["global_step"] for result in results}) == 1, random_case(seed)
+        assert meetings[0] == meetings[1] == meetings[2], case
+        assert len({result["global_step"] for result in results}) == 1, case
         for result in results:
-            assert result["clock"] == list(range(1, result["global_step"] + 1)), random_case(seed)
+            assert result["clock"] == list(range(1, result["global_step"] + 1)), case
+
+
+def test_a_call_on_one_worker_alone_is_an_error_on_all(tmp_path):
+    started = start(tmp_path, "--num_train_epochs=2", "--save_strategy=no", "--evaluate_on_rank=0")
+    assert started.wait(60) != 0
+    started.assert_nothing_left()
+    assert "Some workers wait for all others to come to evaluate(), and the others do not come." in started.output
 
 
 def test_evaluate_may_be_called_on_every_worker_at_the_end_of_an_epoch(wished):
@@ -302,6 +316,17 @@ def test_sigterm_leads_to_a_checkpoint_of_all(who, tmp_path):
     assert not started.results()  # the script did not go on as if training had been completed
     if who == "worker":
         assert "exitcode  : 143" in started.output
+
+
+def test_with_jit_checkpoint_train_returns_after_sigterm(tmp_path):
+    options = ["--max_steps=5000", "--save_strategy=steps", "--save_steps=4000", "--enable_jit_checkpoint=True"]
+    started = start(tmp_path, *options)
+    started.wait_for("is under way", times=2)
+    os.kill(started.worker(1).pid, signal.SIGTERM)
+    assert started.wait(60) == 0, started.output[-8000:]
+    started.assert_nothing_left()
+    step = checkpoint_of(tmp_path)["global_step"]
+    assert [cases[0]["global_step"] for cases in started.results()] == [step] * 2
 
 
 def test_sigterm_without_a_save_strategy_saves_nothing_and_says_so(tmp_path):

@@ -1,5 +1,8 @@
 """One process: the trajectory of the Trainer bit for bit, and what is refused."""
 
+import os
+import signal
+
 import pytest
 import torch
 from models import TINY
@@ -225,3 +228,33 @@ def test_hooks_are_removed_after_an_exception(tmp_path):
     loss = mse_loss(model(input_ids=torch.arange(4)[None]).logits.sum(), torch.tensor(0.0))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_jit_checkpoint_saves_what_the_step_has_made(tmp_path):
+    class Preempted(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    options = {"enable_jit_checkpoint": True, "save_strategy": "steps", "save_steps": 100, "max_steps": 20}
+    args = arguments(tmp_path, **options)
+    trainer = LayupTrainer(model=gpt2(), args=args, train_dataset=text(), callbacks=[Preempted()])
+    assert args.enable_jit_checkpoint
+    assert trainer.train().global_step == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-3")
+    stopped = LayupTrainer(model=gpt2(), args=arguments(tmp_path, max_steps=20), train_dataset=text())
+    stopped.add_callback(StopAfter(3))
+    stopped.train()
+    assert same(saved, trainer.model)
+    assert same(saved, stopped.model)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+        return control

@@ -35,6 +35,8 @@ class WorkConfig(LayupConfig):
     """Whether rank 0 calls evaluate() in on_step_end."""
     evaluate_at_epoch: bool = False
     """Whether every rank calls evaluate() in on_epoch_end."""
+    evaluate_on_rank: int = -1
+    """The only rank that calls evaluate() in on_epoch_end."""
     raise_on: str = ""
     """Rank that fails after its 5th step, and how: `1/memory` or `0/error`."""
 
@@ -111,7 +113,7 @@ class Observer(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.note("epoch", state)
-        if self.config.evaluate_at_epoch:
+        if self.config.evaluate_at_epoch or self.config.evaluate_on_rank == self.rank:
             self.trainer.evaluate()
 
     def on_evaluate(self, args, state, control, **kwargs):
