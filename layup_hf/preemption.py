@@ -27,11 +27,12 @@ class PreemptionCallback(TrainerCallback):
 
     Attributes:
         is_requested: Whether the signal has come.
+        has_stopped: Whether training ends for that, and not because it was complete.
     """
 
     def __init__(self, ends_process: bool = True) -> None:
         self.ends_process = ends_process
-        self.is_requested = False
+        self.is_requested = self.has_stopped = False
         self._previous: Any = None
 
     @staticmethod
@@ -50,7 +51,7 @@ class PreemptionCallback(TrainerCallback):
     def install(self) -> None:
         """Begin to watch for the signal. Idempotent."""
         if self._previous is None and threading.current_thread() is threading.main_thread():
-            self.is_requested = False
+            self.is_requested = self.has_stopped = False
             self._previous = signal.signal(signal.SIGTERM, self._on_signal) or signal.SIG_DFL
 
     def remove(self) -> None:
@@ -73,5 +74,5 @@ class PreemptionCallback(TrainerCallback):
                 f"Rank {args.process_index} got SIGTERM: all workers end after step {state.global_step}, {outcome}."
             )
             control.should_save = saves
-            control.should_training_stop = True
+            control.should_training_stop = self.has_stopped = True
         return control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import uuid
 from collections import Counter
@@ -185,7 +186,8 @@ class LayupMixin(WorkSharing, ClockedLoop):
         except BaseException as error:
             if self._clock is not None and not isinstance(error, WorkerFailure):
                 message = f"{type(error).__name__}: {error}"
-                self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
+                with contextlib.suppress(RuntimeError):  # the store may be gone, too
+                    self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
             raise
         finally:
             self._stop_gossip()
@@ -250,7 +252,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._reach_consensus("the end of training")
-        self._ends_early = self._preemption.is_requested
+        self._ends_early = self._preemption.has_stopped
         if self._engine is not None:
             self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
             staleness = sum(gather_object([self._engine.staleness]), Counter())

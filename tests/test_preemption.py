@@ -54,6 +54,7 @@ def test_a_signal_asks_to_save_and_stop_after_the_step(save_strategy, callback, 
     assert end_step(callback, save_strategy) == (True, True)
     (message,) = caplog.messages
     assert message == "Rank 0 got SIGTERM: all workers end after step 7, saving a checkpoint."
+    assert callback.has_stopped
 
 
 def test_where_nothing_is_to_be_saved_nothing_is_and_it_is_said(callback, end_step, caplog):
@@ -69,6 +70,7 @@ def test_a_training_that_ends_anyway_is_left_alone(callback, end_step, caplog):
     terminate()
     assert end_step(callback, should_training_stop=True) == (False, True)
     assert caplog.messages == []
+    assert not callback.has_stopped
 
 
 def test_without_a_signal_nothing_is_asked_for(callback, end_step):
