@@ -310,12 +310,12 @@ def test_sigterm_leads_to_a_checkpoint_of_all(who, tmp_path):
     os.kill(started.process.pid if who == "launcher" else started.worker(1).pid, signal.SIGTERM)
     assert started.wait(60) != 0
     started.assert_nothing_left()
-    assert "got SIGTERM: all workers end after step" in started.output
+    assert "got SIGTERM: all workers end after step" in started.output, started.output[-8000:]
     assert "saving a checkpoint" in started.output
     assert checkpoint_of(tmp_path)["stateful_callbacks"]["layup_hf"]["drawn"]
-    assert not started.results()  # the script did not go on as if training had been completed
+    assert not started.results(), started.output[-8000:]  # the script did not go on as if training had been completed
     if who == "worker":
-        assert "exitcode  : 143" in started.output
+        assert "exitcode  : 143" in started.output, started.output[-8000:]
 
 
 def test_with_jit_checkpoint_train_returns_after_sigterm(tmp_path):
