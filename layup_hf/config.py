@@ -139,9 +139,10 @@ _REFUSED = {
     "parallelism_config": "tensor and context parallelism split one model over the workers, LayUp trains a full "
     "replica on each",
     "fp16": "loss scaling needs all gradients at once. Use `bf16` or fp32",
-    "torch_compile": "a model compiled as a whole does not complete its gradients block by block",
-    "torch_compile_backend": "a model compiled as a whole does not complete its gradients block by block",
-    "torch_compile_mode": "a model compiled as a whole does not complete its gradients block by block",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "a model compiled as a whole does not complete its gradients block by block",
+    ),
 }
 
 
@@ -192,10 +193,8 @@ def check_data(dataset: Any, args: TrainingArguments) -> None:
     if dataset is None or not hasattr(dataset, "__len__") or args.world_size == 1:
         return
     samples = args.train_batch_size * args.gradient_accumulation_steps
-    usable = (
-        len(dataset) // args.train_batch_size * args.train_batch_size if args.dataloader_drop_last else len(dataset)
-    )
-    steps = -(-usable // samples)
+    dropped = len(dataset) % args.train_batch_size if args.dataloader_drop_last else 0
+    steps = -(-(len(dataset) - dropped) // samples)
     if steps < args.world_size:
         raise ValueError(
             f"The training set has {len(dataset)} samples, {steps} steps of {samples}: fewer than the "

@@ -42,7 +42,7 @@ class ClockedLoop(Meetings):
     def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
         self._start_meetings(clock)
         self._ledger = ledger
-        self._begun = clock.draw()  # steps that all workers had begun before this worker's next one
+        clock.draw()  # for the first step; for each of the others it is drawn after the one before
         self._steps_logged = 0
         self._in_step = self._data_has_ended = False
         self._grad_norm: Tensor | None = None
@@ -161,8 +161,7 @@ class ClockedLoop(Meetings):
 
     def _follow_clock(self) -> None:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
-        self._begun = self._clock.draw()
-        self._advance(self._begun // self.args.world_size)
+        self._advance(self._clock.draw() // self.args.world_size)
         show_shares(self.callback_handler.callbacks, self._ledger.done)
         wants_to_meet = any(self._wishes())
         if wants_to_meet:

@@ -113,7 +113,7 @@ class SharedLoader:
     def given_up(self, epoch: int) -> Iterator[Update]:
         """What peers have given up, as long as there is any: loaded here and now, as nobody has drawn it ahead."""
         for draw in self.cursor.given_up_by_peers(epoch):
-            if not self.cursor.is_claimed(draw) and self.cursor.claim(draw):
+            if self.cursor.claim(draw):
                 self._taken_over.extend(draw.split(self.update_size))  # the peer's steps may be larger
             while self._taken_over:
                 part = self._taken_over.popleft()

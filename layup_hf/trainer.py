@@ -31,7 +31,7 @@ from .preemption import PreemptionCallback
 from .straggler import StragglerCallback
 from .topology import PeerSampler
 from .windows import PeerWindows, SharedWindows
-from .work import WorkSharing
+from .work import WorkSharing, passing_through
 
 logger = logging.get_logger(__name__)
 
@@ -210,11 +210,8 @@ class LayupMixin(WorkSharing, ClockedLoop):
         if self._clock is None:
             return super()._track_num_input_tokens(inputs)
         before = self.state.num_input_tokens_seen
-        self.accelerator.gather = lambda tensor: tensor  # the Trainer's way to count, without its sum over all workers
-        try:
+        with passing_through(self.accelerator, "gather"):  # the Trainer's way to count, for this worker alone
             super()._track_num_input_tokens(inputs)
-        finally:
-            del self.accelerator.gather
         self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
         self._sum_tokens()
         return None
@@ -224,11 +221,10 @@ class LayupMixin(WorkSharing, ClockedLoop):
         self.state.num_input_tokens_seen = self._initial_num_input_tokens_seen + int(self._ledger.tokens.sum())
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        has_something = self._steps_done > self._steps_logged if self._clock is not None else False
-        if has_something and self.control.should_log:
-            start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
-            self._log_without_waiting(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
         if self._clock is not None:
+            if self.control.should_log and self._steps_done > self._steps_logged:
+                start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
+                self._log_without_waiting(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
             self._globalstep_last_logged = self.state.global_step  # so that the Trainer does not log, by a collective
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 

@@ -39,12 +39,16 @@ class WorkSharing:
     the shard that the Trainer gives it.
     """
 
-    _cursor: Cursor | None = None
     _position: dict[str, Any] | None = None  # in the data, from the checkpoint that training resumes from
 
     @property
     def _shares_batches(self) -> bool:
         return self.args.world_size > 1 and getattr(self.args, "shared_batches", True)
+
+    @property
+    def _shared_loader(self) -> SharedLoader | SharedStream | None:
+        """The training loader, if it draws from what all workers share."""
+        return self._train_loader if isinstance(self._train_loader, SharedLoader | SharedStream) else None
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         if not is_training or self.args.world_size == 1:
@@ -52,7 +56,7 @@ class WorkSharing:
         if not self._shares_batches:
             with _nothing_dispatched(self.accelerator):
                 return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        with _nothing_prepared(self.accelerator):
+        with passing_through(self.accelerator, "prepare"):  # the Trainer's own loader, without accelerate's shards
             loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         rank, world_size = self.args.process_index, self.args.world_size
         accumulation = self.args.gradient_accumulation_steps
@@ -77,7 +81,7 @@ class WorkSharing:
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """As the Trainer's, with epochs and steps of all workers together."""
         self._train_loader, workers = dataloader, args.world_size
-        is_shared = isinstance(dataloader, SharedLoader | SharedStream)
+        is_shared = self._shared_loader is not None
         if self._shares_batches and not is_shared:
             logger.warning(
                 f"{type(self).__name__} makes its own training loader, so batches are not shared: every worker keeps "
@@ -116,10 +120,10 @@ class WorkSharing:
         position = self.state.stateful_callbacks.pop("layup_hf", None)
         if self.args.world_size == 1:
             return epochs_trained, skip
-        if isinstance(self._train_loader, SharedLoader | SharedStream):
+        if self._shared_loader is not None:
             if position is None or "drawn" not in position:  # a checkpoint of the stock Trainer, or of shards
                 samples = (self.state.global_step % num_update_steps_per_epoch) * self.args.world_size
-                samples = round(samples * self._train_loader.mean_update)
+                samples = round(samples * self._shared_loader.mean_update)
                 position = {"epoch": epochs_trained, "drawn": {epochs_trained: samples}, "not_begun": []}
             self._position = None if self.args.ignore_data_skip else position
             return position["epoch"], 0
@@ -130,33 +134,34 @@ class WorkSharing:
 
     def _share_work(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""
-        if isinstance(self._train_loader, SharedLoader | SharedStream):
+        loader = self._shared_loader
+        if loader is not None:
             rank, world_size = self.args.process_index, self.args.world_size
-            self._cursor = Cursor(store, rank, world_size, self._position, most=self._least_update)
-            self._train_loader.cursor = self._cursor
+            loader.cursor = Cursor(store, rank, world_size, self._position, most=self._least_update)
 
     def _keep_position(self) -> None:
         """Note in the Trainer's state, for a checkpoint, where in the data all workers are. Collective."""
-        if self._cursor is None:
+        loader = self._shared_loader
+        if loader is None:
             has_ended = self._next_epoch > self._epoch
             place = (self._next_epoch, 0) if has_ended else self._shard_place
             position: dict[str, Any] = {"shards": gather_object([place])}
         else:
-            places = gather_object([(self._next_epoch, self._train_loader.not_begun())])
+            places = gather_object([(self._next_epoch, loader.not_begun())])
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
             not_begun = itertools.chain.from_iterable(draws for _, draws in places)
-            position = {"epoch": first, **self._cursor.position(range(first, last + 1), not_begun)}
+            position = {"epoch": first, **loader.cursor.position(range(first, last + 1), not_begun)}
         self.state.stateful_callbacks["layup_hf"] = position
 
 
 @contextlib.contextmanager
-def _nothing_prepared(accelerator: Accelerator) -> Iterator[None]:
-    """Let `accelerator.prepare` give back what it gets: the Trainer's own loader without accelerate's shards."""
-    accelerator.prepare = lambda loader: loader
+def passing_through(accelerator: Accelerator, method: str) -> Iterator[None]:
+    """Let this method of `accelerator` give back what it gets."""
+    setattr(accelerator, method, lambda value: value)
     try:
         yield
     finally:
-        del accelerator.prepare
+        delattr(accelerator, method)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def work(options: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     state = PartialState(cpu=not torch.cuda.is_available())
-    tokenizer, blocks = load_blocks(state, options.block_size, options.samples + 128)
+    samples = round(1.5 * options.steps * state.num_processes * options.batch_size)
+    tokenizer, blocks = load_blocks(state, options.block_size, samples + 128)
     train, held_out = blocks.select(range(128, len(blocks))), blocks.select(range(128))
     config = make_config(None, options.config_overrides, tokenizer, options.block_size)
 
@@ -264,9 +265,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.samples = round(1.5 * options.steps * options.processes * options.batch_size)
     if options.worker:
-        options.samples = round(1.5 * options.steps * int(os.environ["WORLD_SIZE"]) * options.batch_size)
         work(options)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
