@@ -21,6 +21,7 @@ class Block:
         parameters: The trainable parameters. Empty only where the block has nothing but buffers.
         buffers: Floating-point statistics that training itself changes (BatchNorm's running mean and variance).
         modules: The modules whose forward uses the block; the first one to run is the block's first use.
+        layer: The layer that the block is, or None for what is in no layer.
         completes_late: Whether the last gradient does not show that backward is through with the block: statistics of a
             normalisation without trainable parameters are still needed by its own backward.
     """
@@ -31,6 +32,7 @@ class Block:
     parameters: tuple[nn.Parameter, ...]
     buffers: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]
+    layer: nn.Module | None = None
     completes_late: bool = False
 
     @property
@@ -98,6 +100,7 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
             parameters=tuple(group.parameters.values()),
             buffers=tuple(group.buffers),
             modules=_first_users(layers.get(key), users[key]),
+            layer=layers.get(key),
             completes_late=group.completes_late,
         )
         for index, (key, group) in enumerate(groups.items())

@@ -21,10 +21,15 @@ class BlockClipper:
         blocks: The model's blocks.
         max_norm: Largest norm of the whole gradient; 0 for no clipping.
         device: Where the gradients are.
+        skips_overflow: Whether a block with a gradient that is not finite does not step (loss scaling). It then counts
+            with its last norm, as an infinite one would take the other blocks' steps away.
     """
 
-    def __init__(self, blocks: Sequence[Block], max_norm: float, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], max_norm: float, device: torch.device, skips_overflow: bool = False
+    ) -> None:
         self._max_norm = max_norm
+        self._skips_overflow = skips_overflow
         self._norms = torch.zeros(len(blocks), device=device)
 
     def clip_block(self, block: Block) -> None:
@@ -34,7 +39,10 @@ class BlockClipper:
             self._norms[block.index] = 0
             return
         # As torch.nn.utils.clip_grad_norm_, without its grouping by device and dtype: this runs for every block.
-        self._norms[block.index] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self._skips_overflow:
+            norm = torch.where(torch.isfinite(norm), norm, self._norms[block.index])
+        self._norms[block.index] = norm
         if self._max_norm > 0:
             torch._foreach_mul_(gradients, (self._max_norm / (self.total_norm() + 1e-6)).clamp(max=1.0))
 

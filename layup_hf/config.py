@@ -42,6 +42,13 @@ class LayupOptions:
             "keeps the shard that the Trainer gives it."
         },
     )
+    clip: str = field(
+        default="estimate",
+        metadata={
+            "help": "How `max_grad_norm` is kept: `estimate` clips each block in backward by an estimate of the global "
+            "norm; `exact` waits for the whole gradient, and blocks step when backward has ended."
+        },
+    )
     straggler: str | None = field(
         default=None,
         metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},
@@ -75,6 +82,9 @@ def check_options(args: Any) -> None:
     windows = getattr(args, "windows", "auto")
     if windows not in ("auto", "shared"):
         raise ValueError(f"windows={windows!r} is unknown: use 'auto' or 'shared'.")
+    clip = getattr(args, "clip", "estimate")
+    if clip not in ("estimate", "exact"):
+        raise ValueError(f"clip={clip!r} is unknown: use 'estimate' or 'exact'.")
 
     for option, what in _REFUSED.items():
         if getattr(args, option, None):
@@ -138,11 +148,6 @@ _REFUSED = {
     "fsdp": "FSDP shards the model over the workers, LayUp trains a full replica on each",
     "parallelism_config": "tensor and context parallelism split one model over the workers, LayUp trains a full "
     "replica on each",
-    "fp16": "loss scaling needs all gradients at once. Use `bf16` or fp32",
-    **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "a model compiled as a whole does not complete its gradients block by block",
-    ),
 }
 
 
@@ -159,13 +164,15 @@ def check_runtime(trainer: Any) -> None:
             f"The launcher asks for {distributed}, which LayUp excludes: every worker trains a full replica. Launch "
             "with `accelerate launch --multi_gpu --num_processes N`, without a plugin for sharding."
         )
-    if trainer.accelerator.mixed_precision == "fp16" or trainer.accelerator.state.dynamo_plugin.backend.value != "NO":
+    if trainer.accelerator.mixed_precision == "fp16" and trainer.accelerator.scaler is None:
         raise ValueError(
-            "The launcher asks for fp16 or for a compiled model (`--mixed_precision fp16`, `--dynamo_backend`, or "
-            "`accelerate config`), which LayUp excludes: loss scaling needs all gradients at once, and a model "
-            "compiled as a whole does not complete them block by block. Launch with `--mixed_precision bf16` or `no`, "
-            "and `--dynamo_backend no`."
+            f"`fp16` on a {args.device.type} device and LayUp exclude each other: accelerate scales no loss there. Use "
+            "`bf16`, or `--mixed_precision bf16` if the launcher asks for it."
         )
+    chooses = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None  # by `optim`, when training begins
+    fits = args.optim == OptimizerNames.ADAMW_TORCH_FUSED or getattr(args, "clip", "estimate") == "exact"
+    if trainer.accelerator.scaler is not None and chooses and not fits:
+        raise ValueError(cannot_skip(f"optim={args.optim.value!r}"))
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
@@ -176,12 +183,14 @@ def check_runtime(trainer: Any) -> None:
             f"One process sees {args.n_gpu} GPUs and would use DataParallel, which LayUp excludes. Start one process "
             f"per GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py`."
         )
-    if args.auto_find_batch_size and args.world_size > 1:
-        raise ValueError(
-            "`auto_find_batch_size` and LayUp with several workers exclude each other: one worker that runs out of "
-            "memory would start again alone. Find the batch size with one process, then set "
-            "`per_device_train_batch_size`."
-        )
+
+
+def cannot_skip(optimizer: str) -> str:
+    """Why this optimizer cannot step by block while the loss is scaled, and what to do."""
+    return (
+        f"`fp16` and {optimizer} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
+        "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or `bf16`."
+    )
 
 
 def check_data(dataset: Any, args: TrainingArguments) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import skip_first_batches
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
@@ -72,7 +73,9 @@ class ClockedLoop(Meetings):
 
         skip = call["steps_trained_in_current_epoch"] if is_first else 0
         for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
-            self._take_step(call["model"], update)
+            if not self._fits(call["model"], update):
+                self._clock.call_meeting()
+                self._meet(lacks_memory=True)
             self._follow_clock()
             if self._is_stopped():
                 break
@@ -125,6 +128,16 @@ class ClockedLoop(Meetings):
             if self._ends_with_data or not is_last:
                 return
             epoch, skip = epoch + 1, 0
+
+    def _fits(self, model: nn.Module, update: Update) -> bool:
+        """Take one own step, unless memory runs out in it and `auto_find_batch_size` allows a smaller batch."""
+        try:
+            self._take_step(model, update)
+        except RuntimeError as error:
+            if not (self.args.auto_find_batch_size and should_reduce_batch_size(error)):
+                raise
+            return False
+        return True
 
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""

@@ -10,6 +10,10 @@ from accelerate.utils import gather_object
 from .clock import ProgressClock, WorkerFailure
 
 
+class BatchTooLarge(RuntimeError):
+    """A worker's batch does not fit into memory: all workers begin again with smaller ones (`auto_find_batch_size`)."""
+
+
 class _Arrival(NamedTuple):
     """What a worker says when it comes to a meeting."""
 
@@ -18,6 +22,7 @@ class _Arrival(NamedTuple):
     has_ended: bool
     purpose: str
     steps_done: int
+    lacks_memory: bool = False
 
 
 class _Wishes(NamedTuple):
@@ -46,7 +51,14 @@ class Meetings:
         self._epoch, self._last_cut_epoch = 0, -1
         self._log_evaluate_save: Callable[[], None] = lambda: None
 
-    def _meet(self, *, has_ended: bool = False, purpose: str = "", until_stopped: bool = False) -> None:
+    def _meet(
+        self,
+        *,
+        has_ended: bool = False,
+        purpose: str = "",
+        until_stopped: bool = False,
+        lacks_memory: bool = False,
+    ) -> None:
         """Wait for all workers between two of their steps, agree on the step, do what any of them wants. Collective.
 
         Args:
@@ -54,14 +66,19 @@ class Meetings:
                 then it joins in what they want, and keeps back what it wants itself.
             purpose: What all workers come for together, from the same line of code. This worker stays until all have.
             until_stopped: It does not stay when training or this epoch is stopped.
+            lacks_memory: A batch of this worker did not fit into memory, and a smaller one may be tried.
 
         Raises:
+            BatchTooLarge: So it is for some worker.
             RuntimeError: The workers have come for different purposes, or some do not come at all.
         """
         self._next_epoch = self._epoch + has_ended
-        mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done)
+        mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done, lacks_memory)
         while True:
             arrivals = self._gather(mine._replace(step=self.state.global_step))
+            if any(arrival.lacks_memory for arrival in arrivals):
+                ranks = ", ".join(str(rank) for rank, arrival in enumerate(arrivals) if arrival.lacks_memory)
+                raise BatchTooLarge(f"Rank {ranks} ran out of memory. All workers try again with smaller batches.")
             stays = self._has_to_stay(mine, arrivals)
             self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
             before = self._wishes()

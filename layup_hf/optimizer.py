@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     Attributes:
         before_step: Called first by `step()`; completes the blocks that backward left incomplete.
+        take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
+        scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
+            not finite does not step; the scaler learns of it. Nothing is synchronised.
 
     Raises:
         ValueError: `inner` cannot be stepped block by block, or has parameters that are in no block.
@@ -36,10 +40,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         refuse_unsteppable(inner)
         self.inner = inner
         self.before_step: Callable[[], None] = lambda: None
+        self.take_block: Callable[[Block], None] = self.step_block
+        self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
         self._stepped = [False] * len(self._blocks)
         self._verified = [False] * len(self._blocks)
         self._members = self._assign_members()
+        self._scaled = [_ScaledBlock(self, block) for block in self._blocks]
         self._optimizer_step_pre_hooks = OrderedDict()  # where register_step_pre_hook and _post_hook put theirs
         self._optimizer_step_post_hooks = OrderedDict()
 
@@ -61,6 +68,20 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def step_block(self, block: Block) -> None:
         """Step the parameters of `block` with the gradients that they have, then free these gradients."""
+        if self.scaler is None:
+            self._step_share(block)
+        else:
+            self.scaler.step(self._scaled[block.index])
+        for parameter in block.parameters:
+            parameter.grad = None
+        self._stepped[block.index] = True
+
+    def unscale_block(self, block: Block) -> None:
+        """Take the scaler's factor out of the gradients of `block`, and let it see whether they are finite."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self._scaled[block.index])
+
+    def _step_share(self, block: Block) -> None:
         inner, groups = self.inner, self.inner.param_groups
         shares = [{**groups[number], "params": params} for number, params in self._members[block.index]]
         before = None if self._verified[block.index] else [_snapshot(share) for share in shares]
@@ -72,9 +93,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         if before is not None:
             self._verify(before, [_snapshot(share) for share in shares])
             self._verified[block.index] = True
-        for parameter in block.parameters:
-            parameter.grad = None
-        self._stepped[block.index] = True
 
     def _verify(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
         """State kept in a group (a step counter, say) would be lost, or counted once per block."""
@@ -93,12 +111,25 @@ class BlockOptimizer(torch.optim.Optimizer):
         for hook in list(self._optimizer_step_pre_hooks.values()):
             hook(self, (), {})
         self.before_step()
-        for block in self._blocks:
-            if not self._stepped[block.index]:
-                self.step_block(block)
+        with self._told_of_overflow():
+            for block in reversed(self._blocks):
+                if not self._stepped[block.index]:
+                    self.take_block(block)
         self._stepped = [False] * len(self._blocks)
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self, (), {})
+
+    @contextlib.contextmanager
+    def _told_of_overflow(self) -> Iterator[None]:
+        """Pass on what a GradScaler has set on this optimizer for one step, if blocks have not been through it."""
+        names = () if self.scaler is not None else ("grad_scale", "found_inf")
+        told = {name: vars(self)[name] for name in names if name in vars(self)}
+        vars(self.inner).update(told)
+        try:
+            yield
+        finally:
+            for name in told:
+                delattr(self.inner, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
@@ -115,6 +146,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         )
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """To a GradScaler: whether to call `step()` in any case; steps that overflow are skipped inside."""
+        return self.scaler is not None or getattr(self.inner, "_step_supports_amp_scaling", False)
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.inner.param_groups
 
@@ -128,6 +164,25 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
+
+
+class _ScaledBlock:
+    """One block, as an optimizer of its own to a GradScaler, which then checks and skips it without the others."""
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | int = 0  # the scaler sets it for the time of a step
+
+    def __init__(self, optimizer: BlockOptimizer, block: Block) -> None:
+        self.param_groups = [{"params": list(block.parameters)}]
+        self._optimizer, self._block = optimizer, block
+
+    def step(self) -> None:
+        inner = self._optimizer.inner
+        inner.found_inf = self.found_inf  # kernels that support it leave everything as it is if this is not zero
+        try:
+            self._optimizer._step_share(self._block)
+        finally:
+            del inner.found_inf
 
 
 def _snapshot(group: dict[str, Any]) -> dict[str, Any]:

@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
-from torch import Tensor, nn
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
 from . import report
-from .blocks import Block, split_into_blocks
-from .clipping import BlockClipper
+from .blocks import Block
 from .clock import ProgressClock, WorkerFailure, connect_store
 from .config import check_data, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
-from .hooks import BlockHooks
 from .loop import ClockedLoop
-from .optimizer import BlockOptimizer
+from .meetings import BatchTooLarge
 from .preemption import PreemptionCallback
+from .steps import BlockSteps
 from .straggler import StragglerCallback
 from .topology import PeerSampler
 from .windows import PeerWindows, SharedWindows
@@ -36,7 +36,7 @@ from .work import WorkSharing, passing_through
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(WorkSharing, ClockedLoop):
+class LayupMixin(BlockSteps, WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -52,8 +52,10 @@ class LayupMixin(WorkSharing, ClockedLoop):
       mass-weighted mean. Callbacks of any worker may ask for them through `control`.
     - On SIGTERM the workers save a consensus checkpoint and end with exit code 143 (see `PreemptionCallback`).
     - Each worker normalises the loss by its own tokens (`average_tokens_across_devices` has no effect).
-    - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`).
-    - `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed.
+    - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`), and
+      `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed. With `clip="exact"` both are as
+      in the Trainer, and blocks step when backward has ended.
+    - `torch_compile` compiles layer by layer (see `CompiledLayers`).
 
     With one process it is plain training, and the optimizer still steps in backward.
 
@@ -66,9 +68,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
         if arguments is not None:
             check_options(arguments)
         self._blocks: list[Block] = []
-        self._hooks: BlockHooks | None = None
         self._windows: PeerWindows | None = None
-        self._engine: GossipEngine | None = None
         self._agreed_at = -1  # steps of all workers together at the latest consensus point
         self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
         with self._preemption.instead_of_transformers(arguments):
@@ -88,26 +88,6 @@ class LayupMixin(WorkSharing, ClockedLoop):
         return self.args.world_size > 1 or self.args.enable_jit_checkpoint
 
     # ---- Building ----
-
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        model = super()._wrap_model(model, training, dataloader)
-        if not training:
-            return model
-        # `evaluation_mode` leaves out the DDP wrapper alone; autocast and device placement stay.
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        if self._block_optimizer is None:
-            self._blocks = split_into_blocks(self.model if model is None else model)
-            optimizer = self.optimizer = BlockOptimizer(optimizer, self._blocks)
-        return optimizer
-
-    @property
-    def _block_optimizer(self) -> BlockOptimizer | None:
-        """Ours, also behind accelerate's wrapper."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, BlockOptimizer) else None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -138,43 +118,12 @@ class LayupMixin(WorkSharing, ClockedLoop):
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )
 
-    def _start_block_steps(self) -> None:
-        engine, optimizer = self._engine, self._block_optimizer
-        self._clipper = clipper = BlockClipper(self._blocks, self.args.max_grad_norm or 0.0, self.args.device)
-
-        def on_block_ready(block: Block) -> None:
-            if engine is not None:
-                engine.merge(block)
-            clipper.clip_block(block)
-            optimizer.step_block(block)
-            if engine is not None:
-                engine.offer(block)
-
-        self._hooks = BlockHooks(
-            self._blocks,
-            on_block_ready=on_block_ready,
-            before_forward=engine.merge if engine is not None else lambda block: None,
-            is_synchronizing=lambda: self.accelerator.sync_gradients,
-        ).install()
-        optimizer.before_step = self._hooks.finish_backward
-
     def _stop_gossip(self) -> None:
         self._stop_loop()
-        if self._hooks is not None:
-            self._hooks.remove()
+        self._stop_block_steps()
         if self._windows is not None:
             self._windows.close()
-        self._hooks = self._windows = self._engine = None
-
-    def _require_same_parameters(self) -> None:
-        known = {id(parameter) for block in self._blocks for parameter in block.parameters}
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
-        if names:
-            raise ValueError(
-                f"The model has parameters that are in no block, such as {names[0]!r}: it was changed after the "
-                "optimizer had been created (an embedding resized, a layer added or unfrozen). Change the model before "
-                "creating the trainer."
-            )
+        self._windows = self._engine = None
 
     # ---- Training ----
 
@@ -183,11 +132,15 @@ class LayupMixin(WorkSharing, ClockedLoop):
             self._preemption.install()
         try:
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
+        except BatchTooLarge:
+            raise
         except BaseException as error:
-            if self._clock is not None and not isinstance(error, WorkerFailure):
-                message = f"{type(error).__name__}: {error}"
-                with contextlib.suppress(RuntimeError):  # the store may be gone, too
-                    self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
+            self._tell_others(error)
+            if self.args.world_size > 1 and self.args.auto_find_batch_size and should_reduce_batch_size(error):
+                raise WorkerFailure(
+                    f"Rank {self.args.process_index} ran out of memory outside of a training step. Lower "
+                    "`per_device_eval_batch_size`: `auto_find_batch_size` lowers that of training alone."
+                ) from error
             raise
         finally:
             self._stop_gossip()
@@ -196,15 +149,12 @@ class LayupMixin(WorkSharing, ClockedLoop):
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return self._get_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
-        """The exact norm of the whole gradient before clipping; the Trainer asks for it when backward has ended."""
-        if grad_norm is not None:
-            return grad_norm  # of _clip_grad_norm, a moment ago
-        self._hooks.finish_backward()
-        return self._clipper.total_norm()
+    def _tell_others(self, error: BaseException) -> None:
+        """Leave the reason of this worker's failure with the clock, where the others find it at their next step."""
+        if self._clock is not None and not isinstance(error, WorkerFailure):
+            message = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):  # the store may be gone, too
+                self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self._clock is None:

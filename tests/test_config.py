@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from accelerate import DistributedType
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -29,14 +28,11 @@ def arguments(tmp_path):
 REFUSED = {
     "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stock `Trainer`"),
     "fsdp": ({"fsdp": "full_shard"}, "stock `Trainer`"),
-    "fp16": ({"fp16": True}, "`bf16`"),
-    "torch_compile": ({"torch_compile": True}, "Remove `torch_compile`"),
     "use_reentrant": ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
-    "torch_compile_backend": ({"torch_compile_backend": "inductor"}, "Remove `torch_compile_backend`"),
-    "torch_compile_mode": ({"torch_compile_mode": "default"}, "Remove `torch_compile_mode`"),
     "peers_per_step=0": ({"peers_per_step": 0}, "Leave it unset"),
     "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
     "windows='network'": ({"windows": "network"}, "'auto' or 'shared'"),
+    "clip='always'": ({"clip": "always"}, "'estimate' or 'exact'"),
     "windows=''": ({"windows": ""}, "'auto' or 'shared'"),
     "speed=2": ({"straggler": "rank=3,speed=2"}, "with a name of rank, compute"),
     "rank=x": ({"straggler": "rank=x,compute=1"}, "`all` or a rank"),
@@ -57,7 +53,7 @@ def test_an_impossible_option_is_refused_when_the_config_is_made(named, argument
     assert remedy in str(error.value)
 
 
-@pytest.mark.parametrize("option", ["deepspeed", "fsdp", "parallelism_config", "fp16", "torch_compile"])
+@pytest.mark.parametrize("option", ["deepspeed", "fsdp", "parallelism_config"])
 def test_an_excluded_option_of_plain_arguments_is_refused(option):
     with pytest.raises(ValueError, match=rf"`{option}` and LayUp exclude each other.*stock `Trainer`"):
         check_options(SimpleNamespace(**{option: True}))
@@ -202,8 +198,8 @@ def test_the_options_combine_with_any_subclass_of_the_arguments(arguments):
     config = arguments(Seq2SeqConfig, peers_per_step=2, predict_with_generate=True)
     assert (config.peers_per_step, config.predict_with_generate) == (2, True)
     assert config.device.type == "cpu"  # the post-init of the arguments has run
-    with pytest.raises(ValueError, match="fp16"):
-        arguments(Seq2SeqConfig, fp16=True)
+    with pytest.raises(ValueError, match="deepspeed"):
+        arguments(Seq2SeqConfig, deepspeed={"zero_optimization": {"stage": 2}})
 
 
 def test_the_options_can_stand_alone():
@@ -219,23 +215,33 @@ def test_the_options_can_stand_alone():
 def trainer(
     distributed=DistributedType.NO,
     n_gpu=0,
-    world_size=1,
-    auto_find_batch_size=False,
     precision="no",
-    compiler="NO",
+    scaler=None,
+    optim=OptimizerNames.ADAMW_TORCH_FUSED,
+    optimizer=None,
+    clip="estimate",
     **attributes,
 ):
-    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend(compiler)))
-    accelerator = SimpleNamespace(distributed_type=distributed, mixed_precision=precision, state=state)
-    args = SimpleNamespace(n_gpu=n_gpu, world_size=world_size, auto_find_batch_size=auto_find_batch_size)
-    return SimpleNamespace(args=args, accelerator=accelerator, **attributes)
+    accelerator = SimpleNamespace(distributed_type=distributed, mixed_precision=precision, scaler=scaler)
+    args = SimpleNamespace(n_gpu=n_gpu, device=SimpleNamespace(type="cpu"), optim=optim, clip=clip)
+    given = {"optimizer": optimizer, "optimizer_cls_and_kwargs": None, **attributes}
+    return SimpleNamespace(args=args, accelerator=accelerator, **given)
 
 
-@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"compiler": "INDUCTOR"}])
-def test_what_the_launcher_brings_in_is_refused_too(setting):
+def test_half_precision_that_nobody_scales_is_refused():
     check_runtime(trainer(precision="bf16"))
-    with pytest.raises(ValueError, match="The launcher asks for fp16 or for a compiled model"):
-        check_runtime(trainer(**setting))
+    check_runtime(trainer(precision="fp16", scaler=object()))
+    with pytest.raises(ValueError, match=r"`fp16` on a cpu device and LayUp exclude each other.*Use `bf16`"):
+        check_runtime(trainer(precision="fp16"))
+
+
+def test_an_optimizer_that_cannot_skip_a_block_is_refused_with_loss_scaling():
+    check_runtime(trainer(optim=OptimizerNames.SGD))
+    scaled = {"precision": "fp16", "scaler": object(), "optim": OptimizerNames.SGD}
+    check_runtime(trainer(**scaled, clip="exact"))
+    check_runtime(trainer(**scaled, optimizer=object()))  # the user's own: seen when training begins
+    with pytest.raises(ValueError, match=r"`fp16` and optim='sgd' exclude each other.*adamw_torch_fused.*exact.*bf16"):
+        check_runtime(trainer(**scaled))
 
 
 def test_batches_out_of_order_are_refused_where_they_are_shared(arguments):
@@ -246,7 +252,7 @@ def test_batches_out_of_order_are_refused_where_they_are_shared(arguments):
 
 @pytest.mark.parametrize("distributed", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
 def test_full_replicas_are_accepted(distributed):
-    check_runtime(trainer(distributed, n_gpu=1, world_size=4))
+    check_runtime(trainer(distributed, n_gpu=1))
 
 
 @pytest.mark.parametrize(
@@ -266,12 +272,6 @@ def test_a_model_loaded_in_shards_is_refused():
 def test_several_devices_in_one_process_are_refused():
     with pytest.raises(ValueError, match=r"4 GPUs .*DataParallel.*accelerate launch --multi_gpu --num_processes 4"):
         check_runtime(trainer(n_gpu=4))
-
-
-def test_a_search_for_the_batch_size_is_refused_with_several_workers():
-    check_runtime(trainer(auto_find_batch_size=True, world_size=1))
-    with pytest.raises(ValueError, match=r"`auto_find_batch_size` and LayUp.*`per_device_train_batch_size`"):
-        check_runtime(trainer(auto_find_batch_size=True, world_size=2))
 
 
 # ---- The data ----

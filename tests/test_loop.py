@@ -1,5 +1,6 @@
 """Whole runs of real workers of unequal speed: the clock, shared work, meetings, and workers that fail."""
 
+import itertools
 import json
 import os
 import random
@@ -355,3 +356,16 @@ def test_a_killed_worker_ends_the_run_with_a_message(tmp_path):
     assert started.wait(60) != 0
     started.assert_nothing_left()
     assert "WorkerFailure: A worker has ended without a word: was it killed, or out of memory?" in started.output
+
+
+def test_all_begin_again_with_a_smaller_batch_when_one_runs_out_of_memory(tmp_path):
+    options = ["--num_train_epochs=1", "--samples=96", "--per_device_train_batch_size=8", "--memory_for=5"]
+    _, (results,) = work(tmp_path, [*options, "--auto_find_batch_size=True", "--gradient_accumulation_steps=1"])
+    for result in results:
+        sizes = [len(batch) for batch in result["samples"]]
+        assert sizes[0] == 8
+        assert [size for size, after in itertools.pairwise(sizes) if size > after > 4] == [8, 7, 6]
+        last = sizes.index(5)
+        assert all(size <= 5 for size in sizes[last:])
+        result["samples"] = result["samples"][last:]
+    assert all_samples(results) == counts(range(96))

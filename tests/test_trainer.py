@@ -205,8 +205,8 @@ def test_a_model_changed_after_the_optimizer_is_refused(tmp_path):
 
 def test_refusals_come_at_construction(tmp_path):
     args = arguments(tmp_path, TrainingArguments)
-    args.torch_compile = True
-    with pytest.raises(ValueError, match="`torch_compile` and LayUp exclude each other"):
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ValueError, match="`deepspeed` and LayUp exclude each other"):
         LayupTrainer(model=gpt2(), args=args, train_dataset=text())
     with pytest.raises(ValueError, match="optim='lomo'"):
         arguments(tmp_path, optim="lomo")

@@ -37,6 +37,8 @@ class WorkConfig(LayupConfig):
     """Whether every rank calls evaluate() in on_epoch_end."""
     evaluate_on_rank: int = -1
     """The only rank that calls evaluate() in on_epoch_end."""
+    memory_for: int = 0
+    """Samples of a batch that rank 1 has memory for; it runs out in its third step."""
     raise_on: str = ""
     """Rank that fails after its 5th step, and how: `1/memory` or `0/error`."""
 
@@ -74,6 +76,9 @@ class Stream(IterableDataset):
 class NumberedTrainer(LayupTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         self.result["samples"].append(inputs.pop("index").tolist())
+        memory, batch = self.args.memory_for, len(inputs["input_ids"])
+        if self.args.process_index == 1 and 0 < memory < batch and len(self.result["samples"]) >= 3:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. No room for {batch} samples.")
         return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):

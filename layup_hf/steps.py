@@ -1,0 +1,121 @@
+"""How the Trainer's optimizer comes to step block by block, inside backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .blocks import Block, split_into_blocks
+from .clipping import BlockClipper
+from .compiling import CompiledLayers, compile_options, nothing_compiled
+from .config import cannot_skip
+from .gossip import GossipEngine
+from .hooks import BlockHooks
+from .optimizer import BlockOptimizer
+
+logger = logging.get_logger(__name__)
+
+
+class BlockSteps:
+    """Steps each block at its boundary. To be mixed into a subclass of `Trainer`.
+
+    A block's boundary is where its gradients are complete in backward; with `clip="exact"`, where the Trainer steps the
+    optimizer, all gradients being there. At it the block is merged with what peers offered, clipped, stepped, offered.
+    """
+
+    _hooks: BlockHooks | None = None
+    _engine: GossipEngine | None = None  # with one worker there is none
+    _layers: CompiledLayers | None = None
+
+    @property
+    def _clips_exactly(self) -> bool:
+        return getattr(self.args, "clip", "estimate") == "exact"
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if training:
+            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)  # an evaluation may have wrapped it
+        model = super()._wrap_model(model, training, dataloader)
+        if not training:
+            return model
+        with nothing_compiled(self.accelerator):
+            # `evaluation_mode` leaves out the DDP wrapper alone; autocast and device placement stay.
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._block_optimizer is None:
+            self._blocks = split_into_blocks(self.model if model is None else model)
+            optimizer = self.optimizer = BlockOptimizer(optimizer, self._blocks)
+        return optimizer
+
+    @property
+    def _block_optimizer(self) -> BlockOptimizer | None:
+        """Ours, also behind accelerate's wrapper."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, BlockOptimizer) else None
+
+    def _start_block_steps(self) -> None:
+        engine, optimizer, scaler = self._engine, self._block_optimizer, self.accelerator.scaler
+        clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
+        optimizer.scaler = scaler if clips else None
+        if optimizer.scaler is not None and not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
+            raise ValueError(cannot_skip(type(optimizer.inner).__name__))
+        if optimizer.scaler is not None:
+            scaler.scale(torch.zeros((), device=self.args.device))  # gives it a scale
+            scaler.update(scaler.get_scale())  # and lets it forget a step that memory ran out in
+        self._clipper = clipper = BlockClipper(
+            self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
+        )
+
+        def take_block(block: Block) -> None:
+            if engine is not None:
+                engine.merge(block)
+            if clips:
+                optimizer.unscale_block(block)
+                clipper.clip_block(block)
+            optimizer.step_block(block)
+            if engine is not None:
+                engine.offer(block)
+
+        self._hooks = BlockHooks(
+            self._blocks,
+            on_block_ready=take_block if clips else lambda block: None,
+            before_forward=engine.merge if engine is not None else lambda block: None,
+            is_synchronizing=lambda: self.accelerator.sync_gradients,
+        ).install()
+        optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
+        if (options := compile_options(self.accelerator)) is not None:
+            self._layers = CompiledLayers(self._blocks, options)
+            logger.info(f"{len(self._layers)} layers are compiled one by one; what is in no layer is not compiled.")
+
+    def _stop_block_steps(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+        if self._layers is not None:
+            self._layers.remove()
+        self._hooks = self._layers = None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self._clips_exactly:
+            return super()._clip_grad_norm(model)
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        """The norm of the whole gradient before clipping; the Trainer asks for it when backward has ended."""
+        self._hooks.finish_backward()
+        if grad_norm is not None:
+            return grad_norm  # of _clip_grad_norm, a moment ago
+        return super()._get_grad_norm(model) if self._clips_exactly else self._clipper.total_norm()
+
+    def _require_same_parameters(self) -> None:
+        known = {id(parameter) for block in self._blocks for parameter in block.parameters}
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if names:
+            raise ValueError(
+                f"The model has parameters that are in no block, such as {names[0]!r}: it was changed after the "
+                "optimizer had been created (an embedding resized, a layer added or unfrozen). Change the model before "
+                "creating the trainer."
+            )
