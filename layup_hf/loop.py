@@ -45,6 +45,7 @@ class ClockedLoop(Meetings):
         self._ledger = ledger
         clock.draw()  # for the first step; for each of the others it is drawn after the one before
         self._steps_logged = 0
+        self._initial_epoch = self.state.epoch or 0.0
         self._in_step = self._data_has_ended = False
         self._grad_norm: Tensor | None = None
         self._learning_rate: float | None = None
@@ -193,7 +194,8 @@ class ClockedLoop(Meetings):
             if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
                 self.lr_scheduler.step()
             self.state.global_step += 1
-            epochs = self.state.global_step * self.args.world_size / self._updates_per_epoch
+            steps = (self.state.global_step - self._initial_global_step) * self.args.world_size
+            epochs = self._initial_epoch + steps / self._updates_per_epoch
             self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
         self._in_step = False

@@ -14,12 +14,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.distributed import HashStore
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.utils import logging
 
 from . import report
 from .blocks import Block
+from .checkpoint import Checkpoints
 from .clock import ProgressClock, WorkerFailure, connect_store
 from .config import check_data, check_options, check_runtime
 from .consensus import reach_consensus
@@ -36,7 +38,7 @@ from .work import WorkSharing, passing_through
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(BlockSteps, WorkSharing, ClockedLoop):
+class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -93,15 +95,17 @@ class LayupMixin(BlockSteps, WorkSharing, ClockedLoop):
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._stop_gossip()
         self._require_same_parameters()
-        if self.args.world_size > 1:
+        if self._goes_by_clock:
             self._start_gossip()
         self._start_block_steps()
+        self._say_what_is_resumed()
         return prepared
 
     def _start_gossip(self) -> None:
         self._agreed_at = 0
         rank, world_size = self.args.process_index, self.args.world_size
-        store = connect_store(run=gather_object([uuid.uuid4().hex])[0])
+        run = gather_object([uuid.uuid4().hex])[0]
+        store = connect_store(run) if world_size > 1 else HashStore()
         clock = ProgressClock(store, start=self.state.global_step * world_size if rank == 0 else None)
         PartialState().wait_for_everyone()  # nobody draws before the clock has been set
         self._windows = SharedWindows.open(self._blocks, rank, lambda item: gather_object([item]))
@@ -130,6 +134,7 @@ class LayupMixin(BlockSteps, WorkSharing, ClockedLoop):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._minds_preemption:
             self._preemption.install()
+        self._resume(kwargs.get("resume_from_checkpoint"), kwargs.get("trial"))
         try:
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
         except BatchTooLarge:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .checkpoint import POSITION, Resumed
 from .cursor import Cursor
 from .sharing import SharedLoader, SharedStream
 
@@ -39,11 +40,17 @@ class WorkSharing:
     the shard that the Trainer gives it.
     """
 
-    _position: dict[str, Any] | None = None  # in the data, from the checkpoint that training resumes from
+    _resumed: Resumed | None = None
+    _position: dict[str, Any] | None = None  # in the data, that training goes on from
+
+    @property
+    def _goes_by_clock(self) -> bool:
+        """With several workers; and for one that goes on where several were, as only then it knows what is left."""
+        return self.args.world_size > 1 or (self._resumed is not None and self._resumed.position is not None)
 
     @property
     def _shares_batches(self) -> bool:
-        return self.args.world_size > 1 and getattr(self.args, "shared_batches", True)
+        return self._goes_by_clock and getattr(self.args, "shared_batches", True)
 
     @property
     def _shared_loader(self) -> SharedLoader | SharedStream | None:
@@ -51,7 +58,7 @@ class WorkSharing:
         return self._train_loader if isinstance(self._train_loader, SharedLoader | SharedStream) else None
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        if not is_training or self.args.world_size == 1:
+        if not is_training or not self._goes_by_clock:
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         if not self._shares_batches:
             with _nothing_dispatched(self.accelerator):
@@ -109,6 +116,10 @@ class WorkSharing:
                 epochs = math.ceil(max_steps / steps_per_epoch)
             else:
                 max_steps = math.ceil(args.num_train_epochs * self._updates_per_epoch / workers)
+        resumed = self._resumed
+        if resumed is not None and resumed.workers != workers and args.max_steps <= 0:
+            left = (args.num_train_epochs - resumed.epoch) * self._updates_per_epoch
+            max_steps = resumed.global_step + max(0, math.ceil(left / workers))
         return epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps
 
     def _init_training_state(
@@ -117,17 +128,20 @@ class WorkSharing:
         epochs_trained, skip = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args
         )
-        position = self.state.stateful_callbacks.pop("layup_hf", None)
-        if self.args.world_size == 1:
+        resumed, position = self._resumed, self.state.stateful_callbacks.pop(POSITION, None)
+        if not self._goes_by_clock or resumed is None:
             return epochs_trained, skip
+        # Steps tell what has been used of the epoch only if all runs had as many workers, so the epoch does.
+        epochs_trained = int(resumed.epoch)
+        updates = round((resumed.epoch - epochs_trained) * self._updates_per_epoch)
         if self._shared_loader is not None:
             if position is None or "drawn" not in position:  # a checkpoint of the stock Trainer, or of shards
-                samples = (self.state.global_step % num_update_steps_per_epoch) * self.args.world_size
-                samples = round(samples * self._shared_loader.mean_update)
+                samples = round(updates * self._shared_loader.mean_update)
                 position = {"epoch": epochs_trained, "drawn": {epochs_trained: samples}, "not_begun": []}
             self._position = None if self.args.ignore_data_skip else position
             return position["epoch"], 0
         shards = (position or {}).get("shards", [])
+        skip = updates // self.args.world_size * self.args.gradient_accumulation_steps
         if len(shards) == self.args.world_size:
             epochs_trained, skip = shards[self.args.process_index]
         return min(epochs_trained, num_train_epochs - 1), 0 if self.args.ignore_data_skip else skip
@@ -151,7 +165,7 @@ class WorkSharing:
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
             not_begun = itertools.chain.from_iterable(draws for _, draws in places)
             position = {"epoch": first, **loader.cursor.position(range(first, last + 1), not_begun)}
-        self.state.stateful_callbacks["layup_hf"] = position
+        self.state.stateful_callbacks[POSITION] = {"workers": self.args.world_size, **position}
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ class Run:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "TMPDIR": str(self.temporary),
         }
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+        launcher += ["--multi_gpu"] if processes > 1 else []
         command = [*prefix, *launcher, f"--num_processes={processes}", str(SCRIPTS / script), *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

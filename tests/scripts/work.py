@@ -90,6 +90,9 @@ class Observer(TrainerCallback):
     def __init__(self, config, result):
         self.config, self.result, self.rank = config, result, result["rank"]
 
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        self.result["moments"] = sum(float(s["exp_avg"].abs().sum()) for s in optimizer.state.values())
+
     def on_step_begin(self, args, state, control, **kwargs):
         times, config = self.result["times"], self.config
         times.append(time.time())
@@ -168,4 +171,5 @@ for argument in sys.argv[1:]:
         cases[-1].append(argument)
 results = [run_case(options) for options in cases]
 Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{results[0]['rank']}.json").write_text(json.dumps(results))
-torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
