@@ -10,11 +10,13 @@ from transformers.training_args import OptimizerNames
 
 from .straggler import StragglerConfig
 
-_STEPS_ITSELF = {
-    name
-    for name in OptimizerNames
-    if "layerwise" in name.value or "lomo" in name.value or "schedule_free" in name.value
+_UNSTEPPABLE = {
+    "layerwise": "it steps inside backward itself",
+    "lomo": "it steps inside backward itself",
+    "schedule_free": "it switches between training and evaluation weights",
+    "grokadamw": "it keeps the state of all its parameters together",
 }
+"""Parts of the names of optimizers that cannot be stepped block by block, and why."""
 
 
 @dataclass
@@ -102,14 +104,14 @@ def check_options(args: Any) -> None:
             "False."
         )
     _check_data_options(args)
-    optim = getattr(args, "optim", None)
-    if optim in _STEPS_ITSELF:
-        name = getattr(optim, "value", optim)
-        raise ValueError(
-            f"`optim={name!r}` and LayUp exclude each other: this optimizer steps inside backward itself, or switches "
-            "between training and evaluation weights. Choose one that keeps its state per parameter, such as "
-            "'adamw_torch'."
-        )
+    optim = getattr(args, "optim", None) or ""
+    name = getattr(optim, "value", optim)
+    for part, why in _UNSTEPPABLE.items():
+        if part in name:
+            raise ValueError(
+                f"`optim={name!r}` and LayUp exclude each other: it cannot be stepped block by block, as {why}. Choose "
+                "another one, such as 'adamw_torch'."
+            )
 
 
 def _check_data_options(args: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,22 +40,22 @@ class BlockOptimizer(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer, blocks: Sequence[Block]) -> None:
         # torch.optim.Optimizer.__init__ would create groups and state of its own; both are the inner optimizer's.
         refuse_unsteppable(inner)
+        _forget_positions(inner)
         self.inner = inner
         self.before_step: Callable[[], None] = lambda: None
         self.take_block: Callable[[Block], None] = self.step_block
         self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
         self._stepped = [False] * len(self._blocks)
-        self._verified = [False] * len(self._blocks)
-        self._members = self._assign_members()
+        self._shares = self._share_groups()
         self._scaled = [_ScaledBlock(self, block) for block in self._blocks]
         self._optimizer_step_pre_hooks = OrderedDict()  # where register_step_pre_hook and _post_hook put theirs
         self._optimizer_step_post_hooks = OrderedDict()
 
-    def _assign_members(self) -> list[list[tuple[int, list[Tensor]]]]:
-        """For each block: (group number, the group's parameters in this block)."""
+    def _share_groups(self) -> list[list[_Share]]:
+        """Each block's part of each parameter group."""
         block_of = {id(parameter): block.index for block in self._blocks for parameter in block.parameters}
-        members: list[dict[int, list[Tensor]]] = [{} for _ in self._blocks]
+        shares: list[dict[int, _Share]] = [{} for _ in self._blocks]
         for number, group in enumerate(self.inner.param_groups):
             for parameter in group["params"]:
                 index = block_of.get(id(parameter))
@@ -63,8 +65,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                         "frozen, or not the model's. Give the optimizer only parameters of the model with "
                         "`requires_grad=True`."
                     )
-                members[index].setdefault(number, []).append(parameter)
-        return [list(groups.items()) for groups in members]
+                shares[index].setdefault(number, _Share(number, [])).params.append(parameter)
+        return [list(groups.values()) for groups in shares]
 
     def step_block(self, block: Block) -> None:
         """Step the parameters of `block` with the gradients that they have, then free these gradients."""
@@ -82,27 +84,15 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.scaler.unscale_(self._scaled[block.index])
 
     def _step_share(self, block: Block) -> None:
-        inner, groups = self.inner, self.inner.param_groups
-        shares = [{**groups[number], "params": params} for number, params in self._members[block.index]]
-        before = None if self._verified[block.index] else [_snapshot(share) for share in shares]
-        inner.param_groups = shares
+        inner, groups, shares = self.inner, self.inner.param_groups, self._shares[block.index]
+        views = [share.view(groups[share.group]) for share in shares]
+        inner.param_groups = views
         try:
             inner.step()
         finally:
             inner.param_groups = groups
-        if before is not None:
-            self._verify(before, [_snapshot(share) for share in shares])
-            self._verified[block.index] = True
-
-    def _verify(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-        """State kept in a group (a step counter, say) would be lost, or counted once per block."""
-        changed = [key for old, new in zip(before, after, strict=True) for key in new if new[key] != old.get(key)]
-        if changed:
-            raise ValueError(
-                f"{type(self.inner).__name__} keeps state in its parameter groups ({', '.join(changed)}), which cannot "
-                "be stepped block by block. Choose an optimizer that keeps its state per parameter, such as "
-                "adamw_torch."
-            )
+        for share, view in zip(shares, views, strict=True):
+            share.keep(groups[share.group], view, type(inner).__name__)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every block that has not been stepped since the last call."""
@@ -116,6 +106,10 @@ class BlockOptimizer(torch.optim.Optimizer):
                 if not self._stepped[block.index]:
                     self.take_block(block)
         self._stepped = [False] * len(self._blocks)
+        for share in itertools.chain.from_iterable(self._shares):
+            self.inner.param_groups[share.group].update(
+                share.own or {}
+            )  # alike in all blocks, now that all have stepped
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self, (), {})
 
@@ -139,6 +133,8 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+        for share in itertools.chain.from_iterable(self._shares):
+            share.own = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise ValueError(
@@ -166,6 +162,41 @@ class BlockOptimizer(torch.optim.Optimizer):
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
 
 
+@dataclass
+class _Share:
+    """One block's part of one parameter group.
+
+    Some optimizers count their steps among the options of a group. Each block then counts for itself: `own` has the
+    options that a step changes. It is None before the first step, which shows which these are.
+    """
+
+    group: int
+    params: list[Tensor]
+    own: dict[str, Any] | None = None
+
+    def view(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group as the optimizer is to see it when it steps this block."""
+        if self.own is None:  # a tensor may be counted up in place
+            group = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        return {**group, **(self.own or {}), "params": self.params}
+
+    def keep(self, group: dict[str, Any], view: dict[str, Any], optimizer: str) -> None:
+        """Keep what the step has changed in `view`.
+
+        Raises:
+            ValueError: It is not a number or the like, but the state of parameters.
+        """
+        if self.own is None:
+            before, after = _snapshot(group), _snapshot(view)
+            self.own = {key: None for key in after if key not in before or after[key] != before[key]}
+        self.own = {key: view[key] for key in self.own}
+        if any(not isinstance(value, bool | int | float | str | Tensor | None) for value in self.own.values()):
+            raise ValueError(
+                f"{optimizer} keeps the state of its parameters in its parameter groups ({', '.join(self.own)}), which "
+                "cannot be stepped block by block. Choose another `optim`, such as adamw_torch."
+            )
+
+
 class _ScaledBlock:
     """One block, as an optimizer of its own to a GradScaler, which then checks and skips it without the others."""
 
@@ -189,6 +220,17 @@ def _snapshot(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group, comparable; tensors as numbers, since they may be changed in place."""
     options = {key: value for key, value in group.items() if key != "params"}
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()}
+
+
+def _forget_positions(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of bitsandbytes know its special parameters (embeddings in 32 bits) by identity alone.
+
+    It finds them in its groups before its first step, and then also by their position, which in a block is another's.
+    """
+    if hasattr(optimizer, "check_overrides"):
+        optimizer.check_overrides()
+        optimizer.mng.index2config.clear()
+        optimizer.initialized = True
 
 
 def refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:

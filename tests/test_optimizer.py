@@ -339,11 +339,29 @@ def count_in_tensor(group):
         pytest.param(torch.zeros(()), count_in_tensor, id="tensor_in_place"),
     ],
 )
-def test_state_in_a_group_is_refused_by_its_name(start, count):
+def test_steps_counted_in_a_group_are_counted_once_per_step(start, count):
     one, other = parameter(2), parameter(2)
-    optimizer = BlockOptimizer(StateInGroup([one, other], start, count), blocks := make_blocks([one], [other]))
+    optimizer = BlockOptimizer(StateInGroup([one, other], start, count), make_blocks([one], [other]))
+    for step in range(1, 4):
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        optimizer.param_groups[0]["lr"] = 0.1 * step  # as a scheduler does
+        before = one.detach().clone()
+        optimizer.step()
+        assert optimizer.state_dict()["param_groups"][0]["k"] == step
+        torch.testing.assert_close(before - one, torch.full((2,), 0.1 * step))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 4
+
+
+def test_state_of_parameters_in_a_group_is_refused_by_its_name():
+    one, other = parameter(2), parameter(2)
+    inner = StateInGroup([one, other], None, lambda group: group.update(state={}))
+    optimizer = BlockOptimizer(inner, blocks := make_blocks([one], [other]))
     one.grad = torch.ones(2)
-    with pytest.raises(ValueError, match=r"StateInGroup keeps state in its parameter groups \(k\).*adamw_torch"):
+    with pytest.raises(ValueError, match=r"StateInGroup keeps the state of its parameters.*\(state\).*adamw_torch"):
         optimizer.step_block(blocks[0])
 
 
