@@ -6,6 +6,7 @@ import contextlib
 import signal
 import uuid
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .config import check_data, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
 from .hooks import BlockHooks
+from .hub import HubPushes
 from .loop import ClockedLoop
 from .optimizer import BlockOptimizer
 from .preemption import PreemptionCallback
@@ -36,7 +38,7 @@ from .work import WorkSharing, passing_through
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(WorkSharing, ClockedLoop):
+class LayupMixin(HubPushes, WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -51,6 +53,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
     - Saving, evaluation during training and the end of training are consensus points: all workers adopt the
       mass-weighted mean. Callbacks of any worker may ask for them through `control`.
     - On SIGTERM the workers save a consensus checkpoint and end with exit code 143 (see `PreemptionCallback`).
+    - Rank 0 pushes to the Hub, and no failure of the Hub ends training (see `HubPushes`).
     - Each worker normalises the loss by its own tokens (`average_tokens_across_devices` has no effect).
     - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`).
     - `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed.
@@ -113,6 +116,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._stop_gossip()
         self._require_same_parameters()
+        self._facts = report.RunFacts(self.args.world_size, len(self._blocks))
         if self.args.world_size > 1:
             self._start_gossip()
         self._start_block_steps()
@@ -134,6 +138,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
             broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
         self._engine = GossipEngine(self._blocks, self._windows, sampler)
+        self._facts = replace(self._facts, peers_per_step=sampler.count, windows="shared")
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )
@@ -299,6 +304,9 @@ class LayupMixin(WorkSharing, ClockedLoop):
         self._require_same_parameters()
         consensus = reach_consensus(self._blocks, self._ledger)
         self._masses = consensus.mass_by_worker
+        self._facts = replace(
+            self._facts, done=tuple(self._ledger.done.tolist()), consensus_distance=consensus.distance
+        )
         self.log(consensus.figures())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,0 +1,288 @@
+"""To the Hub and back: real runs against a real server on loopback, which fails where it is told to."""
+
+import json
+import os
+import re
+
+import pytest
+from hub_server import TOKEN, Hub
+from launching import run
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with Hub(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+def push_from(hub, folder, processes, cases):
+    """Run these cases (a name, and options) and return, by name, the results of all ranks, and the log."""
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(folder / "home"),
+        "TRANSFORMERS_VERBOSITY": "warning",
+    }
+    arguments = []
+    for name, options in cases.items():
+        arguments += ["--then", f"--output_dir={folder / name}", *options]
+    prefix = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    started = run("hub.py", processes, arguments[1:], folder, prefix=prefix)
+    ranks = started.results()
+    results = {name: [rank[place] for rank in ranks] for place, name in enumerate(cases)}
+    return results, started.output
+
+
+SAVES = ["--save_strategy=steps", "--save_steps=3", "--hub_always_push=True"]
+FILES = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
+CHECKPOINT = FILES | {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}
+IN_PROGRESS = [f"Training in progress, step {step}" for step in (3, 6, 9)]
+
+
+def every_fault(**fault):
+    """From step 2 on, until the push of step 3 has ended."""
+    return f"--faults={json.dumps({2: [fault], 5: []})}"
+
+
+def messages(hub, repo):
+    return [commit["message"] for commit in hub.history(repo)]
+
+
+def weights_in(commit, place=""):
+    return commit["files"][f"{place}model.safetensors"]["oid"]
+
+
+def assert_like_the_checkpoint(hub, repo, results, steps):
+    """These checkpoints are complete in the repository, and their weights are those that were saved."""
+    head = hub.history(repo)[-1]
+    for step in steps:
+        place = f"checkpoint-{step}/"
+        assert {path.removeprefix(place) for path in head["files"] if path.startswith(place)} == CHECKPOINT
+        assert weights_in(head, place) == results[0]["saved"][str(step)]
+
+
+# ---- Every strategy ----
+
+
+@pytest.fixture(scope="module")
+def strategies(hub, tmp_path_factory):
+    names = ("end", "every_save", "checkpoint", "all_checkpoints")
+    cases = {name: [*SAVES, "--save_total_limit=1", f"--hub_strategy={name}"] for name in names}
+    return push_from(hub, tmp_path_factory.mktemp("strategies"), 2, cases)
+
+
+@pytest.mark.parametrize("name", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_every_strategy_brings_the_consensus_model_to_the_hub_and_back(hub, strategies, name):
+    results, _ = strategies
+    assert results[name][0]["downloaded_is_model"]
+    assert results[name][0]["left"] == []
+    assert results[name][0]["error"] == ""
+    repo = f"tester/{name}"
+    last = hub.history(repo)[-1]
+    assert last["message"] == "End of training"
+    assert results[name][0]["pushed"] == hub.resolve(repo, "main")
+    assert weights_in(last) == results[name][0]["saved"]["9"]
+    assert {path for path in last["files"] if "/" not in path} == FILES | {"README.md"}
+
+
+def test_end_pushes_at_the_end_alone(hub, strategies):
+    assert messages(hub, "tester/end") == ["End of training"]
+
+
+def test_every_save_pushes_the_weights_of_every_save(hub, strategies):
+    history = hub.history("tester/every_save")
+    assert [commit["message"] for commit in history] == [*IN_PROGRESS, "End of training"]
+    saved = strategies[0]["every_save"][0]["saved"]
+    assert [weights_in(commit) for commit in history[:3]] == [saved["3"], saved["6"], saved["9"]]
+    assert strategies[0]["every_save"][0]["pushes"] == [3, 6, 9, 9]
+
+
+def test_checkpoint_keeps_the_last_one_to_resume_from(hub, strategies):
+    both = [text for message in IN_PROGRESS for text in (message, f"{message}, checkpoint")]
+    history = hub.history("tester/checkpoint")
+    assert [commit["message"] for commit in history] == [*both, "End of training"]
+    files = {path.removeprefix("last-checkpoint/") for path in history[-1]["files"] if "/" in path}
+    assert files == CHECKPOINT
+    assert weights_in(history[-1], "last-checkpoint/") == strategies[0]["checkpoint"][0]["saved"]["9"]
+    state = json.loads(hub.files("tester/checkpoint")["last-checkpoint/trainer_state.json"])
+    assert state["global_step"] == 9
+
+
+def test_all_checkpoints_keeps_them_all(hub, strategies):
+    results = strategies[0]["all_checkpoints"]
+    assert_like_the_checkpoint(hub, "tester/all_checkpoints", results, (3, 6, 9))
+
+
+def test_the_card_has_the_hyperparameters_and_the_workers(hub, strategies):
+    card = hub.files("tester/all_checkpoints")["README.md"].decode()
+    before, section, after = re.split("### LayUp|### Framework versions", card)
+    assert "- num_devices: 2\n" in before
+    assert "- training_steps: 9\n" in before
+    assert "- workers: 2\n" in section
+    assert "- blocks: 3," in section
+    assert "offers to 1 of 1 peers per block and step, `shared` windows" in section
+    steps = re.search(r"steps by worker: (\d+)/(\d+) \(\d+/\d+ %\)", section)
+    assert int(steps[1]) + int(steps[2]) == 18
+    assert float(re.search(r"consensus distance at the end: (\S+)", section)[1]) > 0
+    assert "- Transformers" in after
+
+
+# ---- A slow Hub ----
+
+HELD = f"--faults={json.dumps({2: [{'match': 'PUT', 'hold': True}], 8: []})}"
+
+
+@pytest.fixture(scope="module")
+def held(hub, tmp_path_factory):
+    """The first upload is answered only when step 8 has been made."""
+    options = ["--save_strategy=steps", "--save_steps=3", HELD, "--waits=False", "--save_total_limit=1"]
+    cases = {
+        "held": [*options, "--hub_strategy=all_checkpoints", "--hub_always_push=True"],
+        "skipped": [*options, "--hub_strategy=every_save"],
+    }
+    return push_from(hub, tmp_path_factory.mktemp("held"), 2, cases)
+
+
+def test_training_goes_on_while_an_upload_takes_its_time(hub, held):
+    for rank in held[0]["held"]:
+        begin, end = next(
+            (begin, end) for begin, end, method, _, _ in hub.log if method == "PUT" and begin > rank["times"]["3"]
+        )
+        assert all(begin < rank["times"][str(step)] < end for step in (5, 6, 7, 8))
+
+
+def test_every_commit_holds_one_step_whatever_training_writes_meanwhile(hub, held):
+    saved = held[0]["held"][0]["saved"]
+    history = {commit["message"]: commit for commit in hub.history("tester/held")}
+    for step in (3, 6, 9):
+        assert weights_in(history[f"Training in progress, step {step}"]) == saved[str(step)]
+    assert_like_the_checkpoint(hub, "tester/held", held[0]["held"], (3, 6, 9))  # two had been deleted before the upload
+    assert len(set(saved.values())) == 3
+
+
+def test_a_save_during_a_push_is_not_pushed_without_hub_always_push(hub, held):
+    assert messages(hub, "tester/skipped")[0] == IN_PROGRESS[0]
+    assert IN_PROGRESS[1] not in messages(hub, "tester/skipped")
+    assert held[0]["skipped"][0]["downloaded_is_model"]
+
+
+# ---- A Hub that fails ----
+
+ALL = [*SAVES, "--hub_strategy=all_checkpoints", "--final_push=not"]
+
+
+@pytest.fixture(scope="module")
+def failures(hub, tmp_path_factory):
+    cases = {
+        "error": [*ALL, every_fault(match="/preupload/", status=500)],
+        "dropped": [*ALL, every_fault(match="PUT", drop=True)],
+        "dropped_commit": [*ALL, "--save_total_limit=1", every_fault(match="/commit/", drop=True)],
+        "unauthorized": [*ALL, every_fault(status=401)],
+        "forbidden": [*ALL, every_fault(match="/commit/", status=403)],
+        "down_at_first": [*ALL, f"--faults={json.dumps({0: [{'status': 503}], 5: []})}"],
+        "last": [*ALL, f"--faults={json.dumps({8: [{'match': '/commit/', 'status': 500, 'times': 1}]})}"],
+        "late": [
+            *SAVES,
+            "--hub_strategy=all_checkpoints",
+            "--faults=" + json.dumps({2: [{"match": "/commit/", "status": 500, "times": 4}]}),
+        ],
+        "future": [*SAVES, "--hub_strategy=end", "--final_push=future"],
+        "never": [*SAVES, "--hub_strategy=checkpoint", f"--faults={json.dumps({0: [{'status': 403}]})}"],
+    }
+    return push_from(hub, tmp_path_factory.mktemp("failures"), 2, cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("error", "500 Internal Server Error"),
+        ("dropped", "Error"),
+        ("dropped_commit", "RemoteProtocolError"),
+        ("unauthorized", "401 Unauthorized"),
+        ("forbidden", "403 Forbidden"),
+        ("down_at_first", "503 Service Unavailable"),
+    ],
+)
+def test_a_failed_push_is_reported_and_the_next_one_brings_everything(hub, failures, name, error):
+    results, output = failures
+    warnings = [
+        line
+        for line in output.splitlines()
+        if f"could not be pushed to tester/{name} " in line
+        or (name == "down_at_first" and f"could not be pushed to {name} " in line)
+    ]
+    assert len(warnings) == 1
+    assert "(Training in progress, step 3)" in warnings[0]
+    assert error in warnings[0]
+    assert f"safe on disk, in {results[name][0]['output_dir']}/checkpoint-3." in warnings[0]
+    assert ("check that `hub_token`" in warnings[0]) == (name in ("unauthorized", "forbidden"))
+    assert_like_the_checkpoint(hub, f"tester/{name}", results[name], (3, 6, 9))
+    assert messages(hub, f"tester/{name}")[:3] == [
+        IN_PROGRESS[1],
+        f"{IN_PROGRESS[1]}, checkpoint",
+        f"{IN_PROGRESS[0]}, checkpoint",
+    ]
+    assert len(results[name][1]["times"]) == 9
+    assert results[name][0]["downloaded_is_model"]
+    assert results[name][0]["left"] == []
+
+
+def test_a_repository_that_could_not_be_created_is_created_later(hub, failures):
+    _, output = failures
+    assert "The repository down_at_first cannot be created" in output
+    assert "The repository never cannot be created" in output
+
+
+def test_what_the_last_push_does_not_bring_is_tried_once_more(hub, failures):
+    results, output = failures
+    assert "could not be pushed to tester/last (Training in progress, step 9)" in output
+    assert_like_the_checkpoint(hub, "tester/last", results["last"], (3, 6, 9))
+    assert results["last"][0]["downloaded_is_model"]
+
+
+def test_push_to_hub_brings_what_all_pushes_of_training_did_not(hub, failures):
+    """Four commits fail: those of three saves, and the one of the second try at the end."""
+    results, output = failures
+    assert output.count("could not be pushed to tester/late ") == 4
+    assert messages(hub, "tester/late")[0] == "End of training"
+    assert_like_the_checkpoint(hub, "tester/late", results["late"], (3, 6, 9))
+
+
+def test_push_to_hub_without_waiting_gives_a_future(hub, failures):
+    assert failures[0]["future"][0]["pushed"] == hub.resolve("tester/future", "main")
+    assert failures[0]["future"][0]["downloaded_is_model"]
+    assert failures[0]["future"][0]["left"] == []
+
+
+def test_a_push_to_hub_that_fails_raises_and_everything_is_on_disk(hub, failures):
+    result = failures[0]["never"][0]
+    assert "403 Forbidden" in result["error"]
+    assert f"The model is saved in {result['output_dir']}. Call push_to_hub() again" in result["error"]
+    assert len(result["times"]) == 9
+    assert not hub.exists("tester/never")
+    assert FILES | {"README.md"} <= set(os.listdir(result["output_dir"]))
+    assert CHECKPOINT == set(os.listdir(f"{result['output_dir']}/checkpoint-9"))
+    assert result["left"] == []
+
+
+# ---- Other numbers of workers ----
+
+
+def test_four_workers(hub, tmp_path):
+    results, _ = push_from(hub, tmp_path, 4, {"four": [*SAVES, "--hub_strategy=checkpoint", "--peers_per_step=2"]})
+    assert results["four"][0]["downloaded_is_model"]
+    files = hub.files("tester/four")
+    assert {f"last-checkpoint/rng_state_{rank}.pth" for rank in range(4)} <= set(files)
+    card = files["README.md"].decode()
+    assert "- workers: 4\n" in card
+    assert "offers to 2 of 3 peers per block and step" in card
+
+
+def test_one_worker(hub, tmp_path):
+    results, _ = push_from(hub, tmp_path, 1, {"one": [*SAVES, "--hub_strategy=every_save"]})
+    assert results["one"][0]["downloaded_is_model"]
+    assert messages(hub, "tester/one") == [*IN_PROGRESS, "End of training"]
+    assert "by one worker: plain training, nothing was exchanged.\n" in hub.files("tester/one")["README.md"].decode()
