@@ -43,12 +43,14 @@ class Fault:
 class Hub:
     """A server for one test module; `with Hub(folder) as hub`.
 
-    `POST /faults` with a list of the fields of `Fault` replaces all faults.
+    `POST /faults` with a list of the fields of `Fault` replaces all faults. `GET /held` is answered once a request is
+    held.
 
     Args:
         folder: Where `blobs/OID`, `repos/USER/NAME/commits/OID.json` and `refs.json` lie.
 
     Attributes:
+        visibility: What each repository was created with.
         log: (begin, end, method, path, status) of every request that got an answer, status 0 for a dropped one.
     """
 
@@ -56,6 +58,8 @@ class Hub:
         self.folder = folder
         self.log: list[tuple[float, float, str, str, int]] = []
         self.faults: list[Fault] = []
+        self.is_holding = threading.Event()
+        self.visibility: dict[str, str | None] = {}
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -156,13 +160,18 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/faults":
             self.hub.set_faults(json.loads(self._body()))
             return self._answer({})
+        if path == "/held":
+            self.hub.is_holding.wait(PATIENCE)
+            return self._answer({})
         fault = self.hub.fault_for(f"{self.command} {path}")
         if fault is not None and fault.drop:
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             raise ConnectionAbortedError
         body = self._body()
         if fault is not None and fault.hold:
+            self.hub.is_holding.set()
             fault.is_over.wait(PATIENCE)
+            self.hub.is_holding.clear()
         elif fault is not None:
             return self._answer({"error": "made on purpose"}, fault.status)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not path.startswith("/blobs/"):
@@ -208,6 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         status = 409 if self.hub.exists(repo) else 200
         if status == 200:
             self.hub.create(repo)
+            self.hub.visibility[repo] = request.get("visibility")
         self._answer({"url": f"{self.hub.url}/{repo}"}, status)
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:

@@ -3,10 +3,22 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub
-from launching import run
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from launching import SCRIPTS, run
+from models import gpt2, lora_llama
+
+import layup_hf.hub
+from layup_hf import LayupConfig, LayupTrainer
+from layup_hf.hub import _Upload
+from layup_hf.report import RunFacts, add_to_card
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +27,8 @@ def hub(tmp_path_factory):
         yield server
 
 
-def push_from(hub, folder, processes, cases):
-    """Run these cases (a name, and options) and return, by name, the results of all ranks, and the log."""
-    environment = {
+def environment(hub, folder):
+    return {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
         "HF_HUB_OFFLINE": "0",
@@ -26,10 +37,14 @@ def push_from(hub, folder, processes, cases):
         "HF_HOME": str(folder / "home"),
         "TRANSFORMERS_VERBOSITY": "warning",
     }
+
+
+def push_from(hub, folder, processes, cases):
+    """Run these cases (a name, and options) and return, by name, the results of all ranks, and the log."""
     arguments = []
     for name, options in cases.items():
         arguments += ["--then", f"--output_dir={folder / name}", *options]
-    prefix = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    prefix = ["env", *(f"{name}={value}" for name, value in environment(hub, folder).items())]
     started = run("hub.py", processes, arguments[1:], folder, prefix=prefix)
     ranks = started.results()
     results = {name: [rank[place] for rank in ranks] for place, name in enumerate(cases)}
@@ -71,7 +86,9 @@ def assert_like_the_checkpoint(hub, repo, results, steps):
 def strategies(hub, tmp_path_factory):
     names = ("end", "every_save", "checkpoint", "all_checkpoints")
     cases = {name: [*SAVES, "--save_total_limit=1", f"--hub_strategy={name}"] for name in names}
-    return push_from(hub, tmp_path_factory.mktemp("strategies"), 2, cases)
+    folder = tmp_path_factory.mktemp("strategies")
+    (folder / "end" / "_push-left").mkdir(parents=True)  # by a run that was killed
+    return push_from(hub, folder, 2, cases)
 
 
 @pytest.mark.parametrize("name", ["end", "every_save", "checkpoint", "all_checkpoints"])
@@ -138,7 +155,7 @@ HELD = f"--faults={json.dumps({2: [{'match': 'PUT', 'hold': True}], 8: []})}"
 @pytest.fixture(scope="module")
 def held(hub, tmp_path_factory):
     """The first upload is answered only when step 8 has been made."""
-    options = ["--save_strategy=steps", "--save_steps=3", HELD, "--waits=False", "--save_total_limit=1"]
+    options = ["--save_strategy=steps", "--save_steps=3", HELD, "--waits=False", "--wait_at=4", "--save_total_limit=1"]
     cases = {
         "held": [*options, "--hub_strategy=all_checkpoints", "--hub_always_push=True"],
         "skipped": [*options, "--hub_strategy=every_save"],
@@ -147,11 +164,11 @@ def held(hub, tmp_path_factory):
 
 
 def test_training_goes_on_while_an_upload_takes_its_time(hub, held):
-    for rank in held[0]["held"]:
-        begin, end = next(
-            (begin, end) for begin, end, method, _, _ in hub.log if method == "PUT" and begin > rank["times"]["3"]
-        )
-        assert all(begin < rank["times"][str(step)] < end for step in (5, 6, 7, 8))
+    """Steps are made, and all workers meet to save at step 6, between the beginning and the end of an upload."""
+    times = held[0]["held"][0]["times"]
+    uploads = [(begin, end) for begin, end, method, _, _ in hub.log if method == "PUT" and begin > times["3"]]
+    begin, end = uploads[0]
+    assert begin < times["5"] < times["6"] < times["7"] < times["8"] < end
 
 
 def test_every_commit_holds_one_step_whatever_training_writes_meanwhile(hub, held):
@@ -189,7 +206,10 @@ def failures(hub, tmp_path_factory):
             "--hub_strategy=all_checkpoints",
             "--faults=" + json.dumps({2: [{"match": "/commit/", "status": 500, "times": 4}]}),
         ],
-        "future": [*SAVES, "--hub_strategy=end", "--final_push=future"],
+        "future": [
+            *["--hub_strategy=end", "--final_push=future", "--hub_model_id=team/named", "--hub_revision=draft"],
+            *["--hub_private_repo=True", "--save_strategy=no"],
+        ],
         "never": [*SAVES, "--hub_strategy=checkpoint", f"--faults={json.dumps({0: [{'status': 403}]})}"],
     }
     return push_from(hub, tmp_path_factory.mktemp("failures"), 2, cases)
@@ -208,12 +228,8 @@ def failures(hub, tmp_path_factory):
 )
 def test_a_failed_push_is_reported_and_the_next_one_brings_everything(hub, failures, name, error):
     results, output = failures
-    warnings = [
-        line
-        for line in output.splitlines()
-        if f"could not be pushed to tester/{name} " in line
-        or (name == "down_at_first" and f"could not be pushed to {name} " in line)
-    ]
+    repo = name if name == "down_at_first" else f"tester/{name}"  # whose it is, the Hub has not said then
+    warnings = [line for line in output.splitlines() if f"could not be pushed to {repo} " in line]
     assert len(warnings) == 1
     assert "(Training in progress, step 3)" in warnings[0]
     assert error in warnings[0]
@@ -252,7 +268,12 @@ def test_push_to_hub_brings_what_all_pushes_of_training_did_not(hub, failures):
 
 
 def test_push_to_hub_without_waiting_gives_a_future(hub, failures):
-    assert failures[0]["future"][0]["pushed"] == hub.resolve("tester/future", "main")
+    """Here with a repository, a revision and a visibility of one's own."""
+    assert failures[0]["future"][0]["pushed"] == hub.resolve("team/named", "draft")
+    assert set(hub.files("team/named", "draft")) == FILES | {"README.md"}
+    assert hub.files("team/named", "main") == {}
+    assert hub.visibility["team/named"] == "private"
+    assert hub.visibility["tester/last"] is None
     assert failures[0]["future"][0]["downloaded_is_model"]
     assert failures[0]["future"][0]["left"] == []
 
@@ -264,7 +285,7 @@ def test_a_push_to_hub_that_fails_raises_and_everything_is_on_disk(hub, failures
     assert len(result["times"]) == 9
     assert not hub.exists("tester/never")
     assert FILES | {"README.md"} <= set(os.listdir(result["output_dir"]))
-    assert CHECKPOINT == set(os.listdir(f"{result['output_dir']}/checkpoint-9"))
+    assert set(os.listdir(f"{result['output_dir']}/checkpoint-9")) == CHECKPOINT
     assert result["left"] == []
 
 
@@ -282,7 +303,114 @@ def test_four_workers(hub, tmp_path):
 
 
 def test_one_worker(hub, tmp_path):
-    results, _ = push_from(hub, tmp_path, 1, {"one": [*SAVES, "--hub_strategy=every_save"]})
-    assert results["one"][0]["downloaded_is_model"]
+    """Without a launcher."""
+    options = [*SAVES, "--hub_strategy=every_save", f"--output_dir={tmp_path}/one"]
+    variables = {**os.environ, **environment(hub, tmp_path), "LAYUP_TEST_RESULTS": str(tmp_path)}
+    command = [sys.executable, str(SCRIPTS / "hub.py"), *options]
+    subprocess.run(command, env=variables, timeout=120, check=True, capture_output=True)
+    assert json.loads((tmp_path / "result-0.json").read_text())[0]["downloaded_is_model"]
     assert messages(hub, "tester/one") == [*IN_PROGRESS, "End of training"]
     assert "by one worker: plain training, nothing was exchanged.\n" in hub.files("tester/one")["README.md"].decode()
+
+
+# ---- One process, no server ----
+
+
+def trainer_for(tmp_path, model, **options):
+    args = LayupConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=1, **options)
+    return LayupTrainer(model=model, args=args, train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
+
+
+@pytest.mark.parametrize("make", [gpt2, lora_llama])
+def test_a_card_has_one_section_however_often_it_is_made(tmp_path, make):
+    trainer = trainer_for(tmp_path, make())
+    trainer.train()
+    trainer.save_model()  # with PEFT, its own card is there first
+    for _ in range(2):
+        trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.content.count("### LayUp\n") == 1
+    assert card.content.index("### Training hyperparameters") < card.content.index("### LayUp")
+    assert card.content.index("### LayUp") < card.content.index("### Framework versions")
+    assert card.data.library_name == ("transformers" if make is gpt2 else "peft")
+
+
+def test_without_training_the_card_says_nothing_about_workers(tmp_path):
+    trainer = trainer_for(tmp_path, gpt2())
+    trainer.create_model_card()
+    assert "LayUp" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_without_a_list_of_versions_gets_the_section_at_its_end():
+    card = add_to_card("# A model\n\nText.", RunFacts(2, 5, 1, "shared", (3, 1), 0.01234))
+    assert card.startswith("# A model\n\nText.\n\n### LayUp\n\n")
+    assert card.endswith("- consensus distance at the end: 1.23e-02\n- steps by worker: 3/1 (75/25 %)\n\n")
+
+
+def test_a_hub_that_cannot_be_reached_does_not_keep_anybody_from_training(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(layup_hf.hub.logger, "warning", warnings.append)
+    trainer_for(tmp_path, gpt2(), push_to_hub=True, save_strategy="no").train()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("The repository out cannot be created: OfflineModeIsEnabled: ")
+
+
+def test_a_name_that_no_repository_can_have_is_an_error_at_once(tmp_path):
+    with pytest.raises(HFValidationError):
+        trainer_for(tmp_path, gpt2(), push_to_hub=True, hub_model_id="not/a/name")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_snapshot_stays_as_it_is(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    trainer = trainer_for(tmp_path, gpt2(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    out, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint-1"
+    (out / "_private").write_text("not for the Hub")
+    (out / "notes.txt").write_text("for the Hub")
+    (checkpoint / "notes.txt").write_text("another file")
+    shutil.copy(checkpoint / "model.safetensors", out)
+    patterns = {"ignore_patterns": ["_*", "checkpoint-*"]}
+    with (
+        _Upload(out, checkpoint, patterns).snapshot(str(out)) as model,
+        _Upload(checkpoint, checkpoint, {}).snapshot(str(out)) as whole,
+    ):
+        assert set(os.listdir(model)) == {"model.safetensors", "notes.txt"}
+        assert (Path(model) / "notes.txt").read_text() == "for the Hub"
+        for file in ("model.safetensors", "optimizer.pt"):
+            assert (Path(whole) / file).samefile(checkpoint / file) == links
+        before = {path: path.read_bytes() for folder in (model, whole) for path in Path(folder).iterdir()}
+        assert {path.name for path in before} >= {"optimizer.pt", "trainer_state.json", "rng_state.pth"}
+        trainer.optimizer.param_groups[0]["lr"] = 7.0
+        trainer.model.transformer.wte.weight.data.zero_()
+        trainer._save_checkpoint(trainer.model, None)  # the same step once more
+        shutil.copy(checkpoint / "model.safetensors", out)
+        shutil.rmtree(checkpoint)
+        assert {path: path.read_bytes() for path in before} == before
+    assert list(out.glob("_push-*")) == []
+
+
+def refuse(*args):
+    raise OSError("no links here")
+
+
+def test_a_snapshot_that_cannot_be_made_is_reported(tmp_path, monkeypatch):
+    trainer, warnings = trainer_for(tmp_path, gpt2()), []
+    monkeypatch.setattr(shutil, "copy", refuse)
+    monkeypatch.setattr(layup_hf.hub.logger, "warning", warnings.append)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    job = trainer._start(_Upload(tmp_path / "out", None, {"commit_message": "A save"}))
+    assert isinstance(job.exception(), OSError)
+    assert "The model could not be pushed to out (A save): OSError: no links here." in warnings[0]
+    assert list(trainer._missed) == [""]
+
+
+def test_a_checkpoint_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
+    trainer, warnings = trainer_for(tmp_path, gpt2()), []
+    monkeypatch.setattr(layup_hf.hub.logger, "warning", warnings.append)
+    gone = tmp_path / "out" / "checkpoint-3"
+    trainer._missed["checkpoint-3"] = _Upload(gone, gone, {"path_in_repo": "checkpoint-3"})
+    assert trainer._start_missed() == []
+    assert trainer._missed == {}
+    assert warnings[0].startswith(f"{gone} has been deleted before it could be pushed to out.")

@@ -31,8 +31,8 @@ class HubConfig(LayupConfig):
     """Whether the faults change only when the push in progress has ended."""
     final_push: str = "blocking"
     """How push_to_hub() is called at the end: blocking, future or not."""
-    raise_at: int = -1
-    """Step at which rank 0 fails."""
+    wait_at: int = -1
+    """Step at which rank 0 waits until the Hub holds a request."""
 
 
 def set_faults(faults):
@@ -44,13 +44,13 @@ class Observer(TrainerCallback):
         self.config, self.result, self.faults = config, result, json.loads(config.faults)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.result["times"][state.global_step] = time.time()
+        if args.process_index == 0 and state.global_step == self.config.wait_at:
+            httpx2.get(f"{os.environ['HF_ENDPOINT']}/held", timeout=None)
         if args.process_index == 0 and str(state.global_step) in self.faults:
             if self.config.waits:
                 self.trainer._finish_current_push()
             set_faults(self.faults[str(state.global_step)])
-        if args.process_index == 0 and state.global_step == self.config.raise_at:
-            raise ArithmeticError("a fault made on purpose")
-        self.result["times"][state.global_step] = time.time()
         time.sleep(0.01)
 
     def on_save(self, args, state, control, **kwargs):
@@ -91,7 +91,8 @@ def run_case(options):
         trainer._finish_current_push()
         set_faults([])
         if trainer.hub_model_id is not None:
-            downloaded = GPT2LMHeadModel.from_pretrained(trainer.hub_model_id).state_dict()
+            revision = config.hub_revision or "main"
+            downloaded = GPT2LMHeadModel.from_pretrained(trainer.hub_model_id, revision=revision).state_dict()
             own = trainer.model.state_dict()
             result["downloaded_is_model"] = all(torch.equal(downloaded[name], own[name]) for name in own)
         result["left"] = [path.name for path in Path(config.output_dir).glob("_*")]
