@@ -95,7 +95,7 @@ class HubPushes:
     _facts: RunFacts | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._missed: dict[str, _Upload] = {}  # by place: what the latest push of it did not bring
+        self._missed: dict[str, _Upload] = {}  # by place: what did not arrive, and is not on its way again
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -190,6 +190,7 @@ class HubPushes:
 
     def _start(self, upload: _Upload) -> Future:
         """Upload a snapshot in the background, after all others that were started before."""
+        self._missed.pop(upload.place, None)
         try:
             snapshot = upload.snapshot(self.args.output_dir)
         except OSError as error:
@@ -208,7 +209,7 @@ class HubPushes:
             if upload.folder.is_dir():
                 jobs.append(self._start(upload))
             else:
-                del self._missed[place]
+                self._missed.pop(place)
                 logger.warning(
                     f"{upload.folder} has been deleted before it could be pushed to {self._repo_name}. Raise "
                     "`save_total_limit` if every checkpoint is to be on the Hub."
@@ -235,11 +236,12 @@ class HubPushes:
 
     def _remember(self, upload: _Upload, error: Exception) -> None:
         self._missed[upload.place] = upload
-        what, where = upload.place or "The model", upload.checkpoint or upload.folder
+        kept = [folder for folder in (upload.checkpoint, upload.folder) if folder is not None and folder.is_dir()]
+        safe = f"It is safe on disk, in {kept[0]}. " if kept else ""
         logger.warning(
-            f"{what} could not be pushed to {self._repo_name} ({upload.options['commit_message']}): {_one_line(error)} "
-            f"It is safe on disk, in {where}. The next push, by the next save or by push_to_hub(), brings everything "
-            f"that is missing.{_advice(error, self._repo_name)}"
+            f"{upload.place or 'The model'} could not be pushed to {self._repo_name} "
+            f"({upload.options['commit_message']}): {_one_line(error)} {safe}The next push, by the next save or by "
+            f"push_to_hub(), brings everything that is missing.{_advice(error, self._repo_name)}"
         )
 
     # ---- The model card ----
@@ -264,7 +266,10 @@ def _uploading_by(upload_folder: Callable[..., CommitInfo | Future]) -> Iterator
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".") + "."
+    text = f"{type(error).__name__}: {error}"
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text += f" ({error.__cause__})"
+    return " ".join(text.split()).removesuffix(".") + "."
 
 
 def _advice(error: Exception, repo: str) -> str:
