@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.hub.log.append((begin, time.time(), self.command, path, self.status))
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
+    do_GET = do_HEAD = do_POST = do_PUT = _handle
 
     def _answer_request(self, path: str) -> None:
         if path == "/faults":
@@ -204,9 +204,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     # ---- What a Hub can do ----
-
-    def who_am_i(self, body: bytes) -> None:
-        self._answer({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
 
     def validate(self, body: bytes) -> None:
         self._answer({"errors": [], "warnings": []})
@@ -276,11 +273,6 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in self.hub.read(repo, oid)["files"]]
         return self._answer({"id": repo, "sha": oid, "siblings": siblings})
 
-    def tree(self, body: bytes, repo: str, revision: str) -> None:
-        oid = self.hub.resolve(repo, revision)
-        files = self.hub.read(repo, oid)["files"] if oid else {}
-        self._answer([{"type": "file", "path": path, **entry} for path, entry in files.items() if "lfs" not in entry])
-
     def download(self, body: bytes, repo: str, revision: str, path: str) -> None:
         oid = self.hub.resolve(repo, revision)
         entry = self.hub.read(repo, oid)["files"].get(path) if oid else None
@@ -294,14 +286,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 _REPO = r"([^/]+/[^/]+)"
 _ROUTES = [
-    (("GET",), r"/api/whoami-v2", "who_am_i"),
     (("POST",), r"/api/validate-yaml", "validate"),
     (("POST",), r"/api/repos/create", "create"),
     (("POST",), rf"/api/models/{_REPO}/preupload/([^/]+)", "preupload"),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", "batch"),
     (("PUT",), r"/blobs/(\w+)", "put_blob"),
     (("POST",), rf"/api/models/{_REPO}/commit/([^/]+)", "commit"),
-    (("GET",), rf"/api/models/{_REPO}/tree/([^/]+).*", "tree"),
     (("GET",), rf"/api/models/{_REPO}(?:/revision/([^/]+))?", "info"),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/([^/]+)/(.+)", "download"),
 ]
