@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import ProgressCallback, TrainerCallback
 
@@ -38,6 +39,54 @@ def summary(done: Sequence[int], staleness: Counter[int], masses: Sequence[float
     )
     mass = "/".join(f"{value:.2f}" for value in masses)
     return f"LayUp: steps by worker {steps} ({share_text(done)}); {old}; mass by worker at the end {mass}."
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a model card says about the workers.
+
+    Attributes:
+        workers: Number of workers.
+        blocks: Number of blocks of the model.
+        peers_per_step: Offers per block and step.
+        windows: How workers read each other's blocks.
+        done: Steps of each worker until the latest consensus point.
+        consensus_distance: Right before that point; None if there has been none.
+    """
+
+    workers: int
+    blocks: int
+    peers_per_step: int = 0
+    windows: str = ""
+    done: tuple[int, ...] = ()
+    consensus_distance: float | None = None
+
+
+def add_to_card(card: str, facts: RunFacts) -> str:
+    """The model card with a section about the workers, before its list of versions if it has one."""
+    before, versions, after = card.partition("### Framework versions\n")
+    return f"{before.rstrip()}\n\n{_card_section(facts)}\n{versions}{after}"
+
+
+def _card_section(facts: RunFacts) -> str:
+    title = "### LayUp\n\n"
+    if facts.workers == 1:
+        return f"{title}Trained with layup_hf by one worker: plain training, nothing was exchanged.\n"
+    section = (
+        f"{title}Trained with layup_hf by [LayUp](https://arxiv.org/abs/2410.05985): layer-wise gossip in the place of "
+        "an all-reduce. The weights are a consensus of all workers.\n"
+        f"\n- workers: {facts.workers}"
+        f"\n- blocks: {facts.blocks}, each stepped and exchanged by itself"
+        f"\n- mixing: offers to {facts.peers_per_step} of {facts.workers - 1} peers per block and step, "
+        f"`{facts.windows}` windows\n"
+    )
+    if facts.consensus_distance is not None:
+        steps = "/".join(str(count) for count in facts.done)
+        section += (
+            f"- consensus distance at the end: {facts.consensus_distance:.2e}\n"
+            f"- steps by worker: {steps} ({share_text(facts.done)})\n"
+        )
+    return section
 
 
 def percentile(counts: Counter[int], percent: int) -> int:

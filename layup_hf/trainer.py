@@ -6,6 +6,7 @@ import contextlib
 import signal
 import uuid
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .clock import ProgressClock, WorkerFailure, connect_store
 from .config import check_data, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
+from .hub import HubPushes
 from .loop import ClockedLoop
 from .meetings import BatchTooLarge
 from .preemption import PreemptionCallback
@@ -38,7 +40,7 @@ from .work import WorkSharing, passing_through
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
+class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -53,6 +55,7 @@ class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
     - Saving, evaluation during training and the end of training are consensus points: all workers adopt the
       mass-weighted mean. Callbacks of any worker may ask for them through `control`.
     - On SIGTERM the workers save a consensus checkpoint and end with exit code 143 (see `PreemptionCallback`).
+    - Rank 0 pushes to the Hub, and no failure of the Hub ends training (see `HubPushes`).
     - Each worker normalises the loss by its own tokens (`average_tokens_across_devices` has no effect).
     - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`), and
       `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed. With `clip="exact"` both are as
@@ -95,6 +98,7 @@ class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._stop_gossip()
         self._require_same_parameters()
+        self._facts = report.RunFacts(self.args.world_size, len(self._blocks))
         if self._goes_by_clock:
             self._start_gossip()
         self._start_block_steps()
@@ -118,6 +122,7 @@ class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
             broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
         self._engine = GossipEngine(self._blocks, self._windows, sampler)
+        self._facts = replace(self._facts, peers_per_step=sampler.count, windows="shared")
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )
@@ -254,6 +259,9 @@ class LayupMixin(Checkpoints, BlockSteps, WorkSharing, ClockedLoop):
         self._require_same_parameters()
         consensus = reach_consensus(self._blocks, self._ledger)
         self._masses = consensus.mass_by_worker
+        self._facts = replace(
+            self._facts, done=tuple(self._ledger.done.tolist()), consensus_distance=consensus.distance
+        )
         self.log(consensus.figures())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

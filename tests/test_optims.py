@@ -37,7 +37,12 @@ def test_the_trajectory_is_the_trainers(tmp_path, name):
         options["optim_target_modules"] = ["q_proj", "up_proj"]
     try:
         theirs = train(Trainer, tmp_path, [TrainingArguments], **options)
-    except (ImportError, ValueError, RuntimeError, AssertionError) as error:  # it needs another package, or another device
+    except (
+        ImportError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # it needs another package, or another device
         pytest.skip(str(error))
     ours = train(LayupTrainer, tmp_path, [], **options)
     assert same(ours, theirs)
