@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import skip_first_batches
+from accelerate import DistributedType, PartialState, skip_first_batches
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -35,21 +36,38 @@ class ClockedLoop(Meetings):
     log, evaluate, save and stop. The other events of a step come with every own step.
 
     Evaluating, saving and stopping need all workers: they meet between two of their steps (see `Meetings`).
+
+    In its own step, in the callbacks that go with steps and in logging a worker is alone: what a subclass or a callback
+    gathers or reduces there through accelerate is this worker's own, as with one process.
     """
 
-    _in_step = False  # between the beginning of a step and the end of its callbacks
+    _is_alone = False
 
     def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
         self._start_meetings(clock)
         self._ledger = ledger
         clock.draw()  # for the first step; for each of the others it is drawn after the one before
         self._steps_logged = 0
-        self._in_step = self._data_has_ended = False
+        self._data_has_ended = False
         self._grad_norm: Tensor | None = None
         self._learning_rate: float | None = None
 
     def _stop_loop(self) -> None:
         self._clock = None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let accelerate's collectives act on this worker only: the others are elsewhere, and would not join in."""
+        states = PartialState(), self.accelerator.state  # accelerate copies the first into the second now and then
+        kind, self._is_alone = states[0].distributed_type, True
+        for state in states:
+            state.distributed_type = DistributedType.NO
+        try:
+            yield
+        finally:
+            for state in states:
+                state.distributed_type = kind
+            self._is_alone = False
 
     def _run_epoch(self, **call: Any) -> None:
         if self._clock is None:
@@ -72,7 +90,8 @@ class ClockedLoop(Meetings):
 
         skip = call["steps_trained_in_current_epoch"] if is_first else 0
         for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
-            self._take_step(call["model"], update)
+            with self._alone():
+                self._take_step(call["model"], update)
             self._follow_clock()
             if self._is_stopped():
                 break
@@ -128,7 +147,7 @@ class ClockedLoop(Meetings):
 
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
-        args, self._in_step = self.args, True
+        args = self.args
         if self.accelerator.non_blocking:
             update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = self.get_batch_samples(update, args.gradient_accumulation_steps, args.device)
@@ -151,7 +170,6 @@ class ClockedLoop(Meetings):
         model.zero_grad()
         self._steps_done += 1
         self._ledger.done[self._ledger.rank] = self._steps_done
-        self._in_step = False
 
     def _add_loss(self, loss: Tensor) -> None:
         if self.args.logging_nan_inf_filter:  # as the Trainer's, without asking the device what the loss is
@@ -175,15 +193,14 @@ class ClockedLoop(Meetings):
         """Let `global_step` catch up with the clock, with all that goes by it."""
         if self._ends_with_data and not self._data_has_ended:
             step = min(step, self.state.max_steps - 1)  # the last one ends training: not before all data have been used
-        self._in_step = True
-        while self.state.global_step < min(step, self.state.max_steps):
-            if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
-                self.lr_scheduler.step()
-            self.state.global_step += 1
-            epochs = self.state.global_step * self.args.world_size / self._updates_per_epoch
-            self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
-            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-        self._in_step = False
+        with self._alone():
+            while self.state.global_step < min(step, self.state.max_steps):
+                if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+                    self.lr_scheduler.step()
+                self.state.global_step += 1
+                epochs = self.state.global_step * self.args.world_size / self._updates_per_epoch
+                self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
+                self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
 
     def _end_data(self) -> None:
         """Nothing is left of the last epoch: once that is so for all workers, training ends."""

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import report
@@ -31,7 +31,7 @@ from .preemption import PreemptionCallback
 from .straggler import StragglerCallback
 from .topology import PeerSampler
 from .windows import PeerWindows, SharedWindows
-from .work import WorkSharing, passing_through
+from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +54,8 @@ class LayupMixin(WorkSharing, ClockedLoop):
     - Each worker normalises the loss by its own tokens (`average_tokens_across_devices` has no effect).
     - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`).
     - `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed.
+    - In a step, in its callbacks and in `log`, accelerate's `gather`, `gather_for_metrics`, `reduce`, `broadcast`,
+      `wait_for_everyone` and the like act on this worker alone: metrics of training are each worker's own.
 
     With one process it is plain training, and the optimizer still steps in backward.
 
@@ -62,7 +64,8 @@ class LayupMixin(WorkSharing, ClockedLoop):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        arguments = kwargs.get("args") or (args[1] if len(args) > 1 else None)
+        # The place of the arguments among others differs between the Trainers.
+        arguments = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_options(arguments)
         self._blocks: list[Block] = []
@@ -210,8 +213,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
         if self._clock is None:
             return super()._track_num_input_tokens(inputs)
         before = self.state.num_input_tokens_seen
-        with passing_through(self.accelerator, "gather"):  # the Trainer's way to count, for this worker alone
-            super()._track_num_input_tokens(inputs)
+        super()._track_num_input_tokens(inputs)  # of this worker alone
         self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
         self._sum_tokens()
         return None
@@ -244,7 +246,8 @@ class LayupMixin(WorkSharing, ClockedLoop):
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **self._engine.figures(),
         }
-        self.log(logs, start_time)
+        with self._alone():
+            self.log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._reach_consensus("the end of training")
@@ -284,9 +287,9 @@ class LayupMixin(WorkSharing, ClockedLoop):
         """
         if self._engine is None:
             return
-        if self._in_step:
+        if self._is_alone:
             raise RuntimeError(
-                "Evaluating, predicting or saving during a step, from `on_step_end` say, would need all workers at "
+                "Evaluating, predicting or saving during a step or a log, from `on_step_end` say, needs all workers at "
                 "once, and they are not at the same step. In a callback, set `control.should_evaluate` or "
                 "`control.should_save`, on any worker: all will do it together after their steps."
             )
