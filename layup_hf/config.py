@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -181,6 +182,25 @@ def check_runtime(trainer: Any) -> None:
             "`auto_find_batch_size` and LayUp with several workers exclude each other: one worker that runs out of "
             "memory would start again alone. Find the batch size with one process, then set "
             "`per_device_train_batch_size`."
+        )
+    if getattr(args, "num_generations", None) and args.world_size > 1:
+        raise ValueError(
+            f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
+            "of one prompt (`num_generations`) over the workers and compares them in every step, so all would wait for "
+            "each other. Use an offline method, or the stock trainer."
+        )
+
+
+def check_model(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse a model that needs all workers in every step.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
+            "Use BatchNorm: its running statistics are exchanged with the block that it is in."
         )
 
 

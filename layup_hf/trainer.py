@@ -21,7 +21,7 @@ from . import report
 from .blocks import Block, split_into_blocks
 from .clipping import BlockClipper
 from .clock import ProgressClock, WorkerFailure, connect_store
-from .config import check_data, check_options, check_runtime
+from .config import check_data, check_model, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
 from .hooks import BlockHooks
@@ -77,6 +77,7 @@ class LayupMixin(WorkSharing, ClockedLoop):
         with self._preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
         check_runtime(self)
+        check_model(self.model, self.args)
         check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
         if self._minds_preemption:

@@ -19,10 +19,11 @@ from relatives import (
     texts,
     tokenizer,
 )
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+from trl import DPOConfig, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from layup_hf import LayupMixin
+from layup_hf import LayupConfig, LayupMixin, LayupTrainer
 
 TRL_CASES = ["packed", "padding_free", "chat", "adapters", "dpo", "reward"]
 
@@ -268,3 +269,30 @@ def test_the_arguments_are_checked_wherever_a_trainer_takes_them(tmp_path):
     config = DPOConfig(str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="reentrant"):
         LayupDPOTrainer(llama(), llama(), config)
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    """What is checked at the start of one of two workers."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+
+
+def test_methods_that_compare_completions_of_all_workers_are_refused(tmp_path, two_workers):
+    class LayupGRPOTrainer(LayupMixin, GRPOTrainer):
+        pass
+
+    options = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, "num_generations": 2}
+    with pytest.raises(ValueError, match="LayupGRPOTrainer and LayUp with several workers exclude each other"):
+        LayupGRPOTrainer(
+            model=llama(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=GRPOConfig(str(tmp_path), **options),
+            train_dataset=texts(8).rename_column("text", "prompt"),
+            processing_class=tokenizer(),
+        )
+
+
+def test_layers_that_synchronise_are_refused(tmp_path, two_workers):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(ValueError, match="SyncBatchNorm and LayUp exclude each other"):
+        LayupTrainer(model=model, args=LayupConfig(str(tmp_path), use_cpu=True))
