@@ -44,7 +44,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    return launch(4, folder, "seq2seq", "plain_adapters") | {"folder": folder / "out"}
+    return launch(4, folder, "seq2seq", "plain_adapters", "chat") | {"folder": folder / "out"}
 
 
 def assert_gossiped(results):
@@ -145,11 +145,12 @@ def test_what_is_gathered_at_a_meeting_comes_from_all(two):
 # ---- TRL ----
 
 
-@pytest.mark.parametrize("case", TRL_CASES)
-def test_trl_trainers_train_without_collectives_between_meetings(two, case):
-    assert_gossiped(two[case])
+@pytest.mark.parametrize(("workers", "case"), [*(("two", case) for case in TRL_CASES), ("four", "chat")])
+def test_trl_trainers_train_without_collectives_between_meetings(workers, case, request):
+    results = request.getfixturevalue(workers)[case]
+    assert_gossiped(results)
     own = {"dpo": "rewards/accuracies", "reward": "accuracy"}.get(case, "mean_token_accuracy")
-    for result in two[case]:
+    for result in results:
         assert all(0 <= entry[own] <= 1 for entry in entries(result, "loss"))
         assert len({entry["eval_loss"] for entry in entries(result, "eval_loss")}) >= 2
         assert all(0 <= entry[f"eval_{own}"] <= 1 for entry in entries(result, "eval_loss"))
@@ -170,7 +171,8 @@ def test_sft_with_a_slow_worker(two):
     fast, slow = two["packed"]
     assert fast["padding_free"]
     assert fast["steps"] > 2 * slow["steps"]
-    assert entries(fast, "num_tokens")[-1]["num_tokens"] > entries(slow, "num_tokens")[-1]["num_tokens"]
+    assert fast["tokens"] > slow["tokens"]  # each logs its own
+    assert fast["tokens_of_all"] == slow["tokens_of_all"] == fast["tokens"] + slow["tokens"]
 
 
 def test_sft_learns_what_it_was_told_to(two):
@@ -235,6 +237,10 @@ def test_only_adapters_are_exchanged(workers, case, request):
 def test_saved_adapters_make_the_trained_model(workers, case, request):
     for result in request.getfixturevalue(workers)[case]:
         assert result["reload"] == {"adapters": True, "merged": True, "has_learnt": True}
+
+
+def test_the_best_adapters_are_loaded_at_the_end(two):
+    assert all(result["is_best"] for result in two["adapters"])
 
 
 def test_training_with_adapters_goes_on_from_a_checkpoint(two):

@@ -215,8 +215,10 @@ def sft(case, data, *, peft_config=None, resume=None, **options):
 
 def packed():
     """Plain text, packed into batches without padding; rank 1 is slow."""
-    trainer, start = sft("packed", texts, packing=True, max_steps=24, **SLOW)
-    return start() | {"padding_free": trainer.padding_free}
+    trainer, start = sft("packed", texts, packing=True, max_steps=24, include_num_input_tokens_seen=True, **SLOW)
+    result = start()
+    tokens = {"tokens_of_all": trainer.state.num_input_tokens_seen, "tokens": trainer._total_train_tokens}
+    return result | tokens | {"padding_free": trainer.padding_free}
 
 
 def padding_free():
@@ -233,11 +235,14 @@ def chat():
 
 def adapters():
     """Prompts and completions with LoRA; then the same again from the checkpoint in the middle."""
-    trainer, start = sft("adapters", completions, peft_config=lora(), save_strategy="steps", save_steps=6)
+    saving = {"save_strategy": "steps", "save_steps": 6, "load_best_model_at_end": True}
+    trainer, start = sft("adapters", completions, peft_config=lora(), **saving)
     before = base_weights(trainer.model)
     result = start()
     result["base_untouched"] = same_weights(before, base_weights(trainer.model))
     result["learnt"] = sum(token != -100 for token in trainer.train_dataset[0]["labels"])
+    best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
+    result["is_best"] = same_weights(best, get_peft_model_state_dict(trainer.model))
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     result["reload"] = compare_with_saved(trainer.model, folder("adapters"))
