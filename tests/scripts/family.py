@@ -80,6 +80,10 @@ class Observed:
         collectives.clear()
 
 
+def observed(trainer_class):
+    return type(trainer_class.__name__, (Observed, trainer_class), {})
+
+
 def same_everywhere(tensors):
     flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
     return all(torch.equal(other, flat) for other in gather_object([flat]))
@@ -113,7 +117,7 @@ class LayupSeq2SeqArguments(LayupOptions, Seq2SeqTrainingArguments):
     pass
 
 
-class LayupSeq2SeqTrainer(Observed, LayupMixin, Seq2SeqTrainer):
+class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer):
     pass
 
 
@@ -133,7 +137,7 @@ def seq2seq():
             compute_metrics=share_exact,
         )
 
-    trainer = make(LayupSeq2SeqTrainer, LayupSeq2SeqArguments, t5())
+    trainer = make(observed(LayupSeq2SeqTrainer), LayupSeq2SeqArguments, t5())
     result = train(trainer)
     trainer.save_model()
     predicted, evaluated = trainer.predict(copies(11)), trainer.evaluate()
@@ -152,7 +156,7 @@ def seq2seq():
 # ---- What gathers in a step ----
 
 
-class GatheringTrainer(Observed, LayupTrainer):
+class GatheringTrainer(LayupTrainer):
     """Does in its steps and logs what needs all workers under DDP."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -188,7 +192,7 @@ def gathering():
     tokens = torch.tensor([row["labels"] for row in copies(64)])
     data = [{"input_ids": row, "labels": row} for row in tokens]
     args = LayupConfig(folder("gathering"), **{**COMMON, **EVALUATED, **SLOW, "max_steps": 24})
-    trainer = GatheringTrainer(
+    trainer = observed(GatheringTrainer)(
         model=llama(), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=[GatheringCallback()]
     )
     trainer.alone, trainer.together = [], []
@@ -198,11 +202,8 @@ def gathering():
 # ---- TRL ----
 
 
-def sft(case, data, *, peft_config=None, resume=None, **options):
-    class Trainer(Observed, LayupSFTTrainer):
-        pass
-
-    trainer = Trainer(
+def sft(case, data, *, peft_config=None, **options):
+    return observed(LayupSFTTrainer)(
         model=llama(),
         args=LayupSFTConfig(folder(case), **{**COMMON, **EVALUATED, "max_length": 32, **options}),
         train_dataset=data(96),
@@ -210,25 +211,24 @@ def sft(case, data, *, peft_config=None, resume=None, **options):
         processing_class=tokenizer(),
         peft_config=peft_config,
     )
-    return trainer, lambda: train(trainer, resume)
 
 
 def packed():
     """Plain text, packed into batches without padding; rank 1 is slow."""
-    trainer, start = sft("packed", texts, packing=True, max_steps=24, include_num_input_tokens_seen=True, **SLOW)
-    result = start()
+    trainer = sft("packed", texts, packing=True, max_steps=24, include_num_input_tokens_seen=True, **SLOW)
+    result = train(trainer)
     tokens = {"tokens_of_all": trainer.state.num_input_tokens_seen, "tokens": trainer._total_train_tokens}
     return result | tokens | {"padding_free": trainer.padding_free}
 
 
 def padding_free():
-    return sft("padding_free", texts, padding_free=True, max_length=None)[1]()
+    return train(sft("padding_free", texts, padding_free=True, max_length=None))
 
 
 def chat():
-    """Conversations, of which only what the assistant says is learnt; saved as the Hub would have it."""
-    trainer, start = sft("chat", chats, assistant_only_loss=True, save_strategy="steps", save_steps=6)
-    result = start()
+    """Conversations, of which only what the assistant says is learnt."""
+    trainer = sft("chat", chats, assistant_only_loss=True, save_strategy="steps", save_steps=6)
+    result = train(trainer)
     learnt = trainer.train_dataset[0]["labels"]
     return result | {"learnt": trainer.processing_class.decode([token for token in learnt if token != -100])}
 
@@ -236,9 +236,9 @@ def chat():
 def adapters():
     """Prompts and completions with LoRA; then the same again from the checkpoint in the middle."""
     saving = {"save_strategy": "steps", "save_steps": 6, "load_best_model_at_end": True}
-    trainer, start = sft("adapters", completions, peft_config=lora(), **saving)
+    trainer = sft("adapters", completions, peft_config=lora(), **saving)
     before = base_weights(trainer.model)
-    result = start()
+    result = train(trainer)
     result["base_untouched"] = same_weights(before, base_weights(trainer.model))
     result["learnt"] = sum(token != -100 for token in trainer.train_dataset[0]["labels"])
     best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
@@ -255,9 +255,10 @@ def adapters():
             result["resumed_adapters"] = same_weights(saved, loaded)
 
     checkpoint = folder("adapters/checkpoint-6")
-    resumed, start = sft("adapters", completions, peft_config=lora(), resume=checkpoint)
+    resumed = sft("adapters", completions, peft_config=lora())
     resumed.add_callback(Watch())
-    return result | {"resumed": start(), "resumed_base": same_weights(before, base_weights(resumed.model))}
+    result["resumed"] = train(resumed, resume=checkpoint)
+    return result | {"resumed_base": same_weights(before, base_weights(resumed.model))}
 
 
 def same_weights(some, others):
@@ -276,15 +277,11 @@ def compare_with_saved(model, path):
 
 
 def plain_adapters():
-    """LoRA with the plain Trainer, and a base model that is frozen."""
-
-    class Trainer(Observed, LayupTrainer):
-        pass
-
+    """LoRA with the plain Trainer."""
     tokens = torch.tensor([row["labels"] for row in copies(96)])
     model = get_peft_model(llama(), lora())
     before = base_weights(model)
-    trainer = Trainer(
+    trainer = observed(LayupTrainer)(
         model=model,
         args=LayupConfig(folder("plain"), **COMMON),
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
@@ -299,10 +296,7 @@ def plain_adapters():
 
 
 def preference(trainer_class, config, case, model, **options):
-    class Trainer(Observed, trainer_class):
-        pass
-
-    trainer = Trainer(
+    trainer = observed(trainer_class)(
         model=model,
         args=config(folder(case), **{**COMMON, **EVALUATED}),
         train_dataset=preferences(96),
