@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -184,6 +185,25 @@ def check_runtime(trainer: Any) -> None:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs and would use DataParallel, which LayUp excludes. Start one process "
             f"per GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py`."
+        )
+    if getattr(args, "num_generations", None) and args.world_size > 1:
+        raise ValueError(
+            f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
+            "of one prompt (`num_generations`) over the workers and compares them in every step, so all would wait for "
+            "each other. Use an offline method, or the stock trainer."
+        )
+
+
+def check_model(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse a model that needs all workers in every step.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
+            "Use BatchNorm: its running statistics are exchanged with the block that it is in."
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import skip_first_batches
+from accelerate import DistributedType, PartialState, skip_first_batches
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
@@ -36,9 +37,12 @@ class ClockedLoop(Meetings):
     log, evaluate, save and stop. The other events of a step come with every own step.
 
     Evaluating, saving and stopping need all workers: they meet between two of their steps (see `Meetings`).
+
+    In its own step, in the callbacks that go with steps and in logging a worker is alone: what a subclass or a callback
+    gathers or reduces there through accelerate is this worker's own, as with one process.
     """
 
-    _in_step = False  # between the beginning of a step and the end of its callbacks
+    _is_alone = False
 
     def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
         self._start_meetings(clock)
@@ -46,12 +50,26 @@ class ClockedLoop(Meetings):
         clock.draw()  # for the first step; for each of the others it is drawn after the one before
         self._steps_logged = 0
         self._initial_epoch = self.state.epoch or 0.0
-        self._in_step = self._data_has_ended = False
+        self._data_has_ended = False
         self._grad_norm: Tensor | None = None
         self._learning_rate: float | None = None
 
     def _stop_loop(self) -> None:
         self._clock = None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let accelerate's collectives act on this worker only: the others are elsewhere, and would not join in."""
+        states = PartialState(), self.accelerator.state  # accelerate copies the first into the second now and then
+        before, self._is_alone = (states[0].distributed_type, self._is_alone), True
+        for state in states:
+            state.distributed_type = DistributedType.NO
+        try:
+            yield
+        finally:
+            for state in states:
+                state.distributed_type = before[0]
+            self._is_alone = before[1]
 
     def _run_epoch(self, **call: Any) -> None:
         if self._clock is None:
@@ -133,7 +151,8 @@ class ClockedLoop(Meetings):
     def _fits(self, model: nn.Module, update: Update) -> bool:
         """Take one own step, unless memory runs out in it and `auto_find_batch_size` allows a smaller batch."""
         try:
-            self._take_step(model, update)
+            with self._alone():
+                self._take_step(model, update)
         except RuntimeError as error:
             if not (self.args.auto_find_batch_size and should_reduce_batch_size(error)):
                 raise
@@ -142,7 +161,7 @@ class ClockedLoop(Meetings):
 
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
-        args, self._in_step = self.args, True
+        args = self.args
         if self.accelerator.non_blocking:
             update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = self.get_batch_samples(update, args.gradient_accumulation_steps, args.device)
@@ -165,7 +184,6 @@ class ClockedLoop(Meetings):
         model.zero_grad()
         self._steps_done += 1
         self._ledger.done[self._ledger.rank] = self._steps_done
-        self._in_step = False
 
     def _add_loss(self, loss: Tensor) -> None:
         if self.args.logging_nan_inf_filter:  # as the Trainer's, without asking the device what the loss is
@@ -189,16 +207,15 @@ class ClockedLoop(Meetings):
         """Let `global_step` catch up with the clock, with all that goes by it."""
         if self._ends_with_data and not self._data_has_ended:
             step = min(step, self.state.max_steps - 1)  # the last one ends training: not before all data have been used
-        self._in_step = True
-        while self.state.global_step < min(step, self.state.max_steps):
-            if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
-                self.lr_scheduler.step()
-            self.state.global_step += 1
-            steps = (self.state.global_step - self._initial_global_step) * self.args.world_size
-            epochs = self._initial_epoch + steps / self._updates_per_epoch
-            self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
-            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-        self._in_step = False
+        with self._alone():
+            while self.state.global_step < min(step, self.state.max_steps):
+                if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+                    self.lr_scheduler.step()
+                self.state.global_step += 1
+                steps = (self.state.global_step - self._initial_global_step) * self.args.world_size
+                epochs = self._initial_epoch + steps / self._updates_per_epoch
+                self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
+                self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
 
     def _end_data(self) -> None:
         """Nothing is left of the last epoch: once that is so for all workers, training ends."""

@@ -17,14 +17,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.distributed import HashStore
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import report
 from .blocks import Block
 from .checkpoint import Checkpoints
 from .clock import ProgressClock, WorkerFailure, connect_store
-from .config import check_data, check_options, check_runtime
+from .config import check_data, check_model, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
 from .hub import HubPushes
@@ -35,7 +35,7 @@ from .steps import BlockSteps
 from .straggler import StragglerCallback
 from .topology import PeerSampler
 from .windows import PeerWindows, SharedWindows
-from .work import WorkSharing, passing_through
+from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +61,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
       `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed. With `clip="exact"` both are as
       in the Trainer, and blocks step when backward has ended.
     - `torch_compile` compiles layer by layer (see `CompiledLayers`).
+    - In a step, in its callbacks and in `log`, accelerate's `gather`, `gather_for_metrics`, `reduce`, `broadcast`,
+      `wait_for_everyone` and the like act on this worker alone: metrics of training are each worker's own.
 
     With one process it is plain training, and the optimizer still steps in backward.
 
@@ -69,7 +71,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        arguments = kwargs.get("args") or (args[1] if len(args) > 1 else None)
+        # The place of the arguments among others differs between the Trainers.
+        arguments = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_options(arguments)
         self._blocks: list[Block] = []
@@ -79,6 +82,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
         with self._preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
         check_runtime(self)
+        check_model(self.model, self.args)
         check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
         if self._minds_preemption:
@@ -170,8 +174,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
         if self._clock is None:
             return super()._track_num_input_tokens(inputs)
         before = self.state.num_input_tokens_seen
-        with passing_through(self.accelerator, "gather"):  # the Trainer's way to count, for this worker alone
-            super()._track_num_input_tokens(inputs)
+        super()._track_num_input_tokens(inputs)  # of this worker alone
         self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
         self._sum_tokens()
         return None
@@ -204,7 +207,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **self._engine.figures(),
         }
-        self.log(logs, start_time)
+        with self._alone():
+            self.log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._reach_consensus("the end of training")
@@ -244,9 +248,9 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
         """
         if self._engine is None:
             return
-        if self._in_step:
+        if self._is_alone:
             raise RuntimeError(
-                "Evaluating, predicting or saving during a step, from `on_step_end` say, would need all workers at "
+                "Evaluating, predicting or saving during a step or a log, from `on_step_end` say, needs all workers at "
                 "once, and they are not at the same step. In a callback, set `control.should_evaluate` or "
                 "`control.should_save`, on any worker: all will do it together after their steps."
             )

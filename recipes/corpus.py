@@ -66,7 +66,7 @@ def load_corpus(
         raise ValueError("--validation_file goes with --train_file: give that too.")
     documents = True
     if dataset_name:
-        train, held_out = _from_hub(dataset_name, dataset_config_name)
+        train, held_out = from_hub(dataset_name, dataset_config_name)
     elif train_file:
         train, held_out = _from_files(train_file, validation_file)
         documents = not _is_plain_text(train_file)
@@ -106,7 +106,7 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
-def _from_hub(name: str, config: str | None) -> tuple[Dataset, Dataset]:
+def from_hub(name: str, config: str | None) -> tuple[Dataset, Dataset]:
     """A dataset from the Hub or from a local folder, as (training, held-out) rows."""
     splits = load_dataset(name, config)
     if "train" not in splits:

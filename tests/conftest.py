@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parent))  # reference.py, fleet.py, launching.py, models.py
+sys.path.insert(0, str(Path(__file__).parent))  # reference.py, fleet.py, launching.py, models.py, relatives.py
 
 import torch
 

@@ -42,7 +42,7 @@ def test_the_trajectory_is_the_trainers(tmp_path, name):
         ValueError,
         RuntimeError,
         AssertionError,
-    ) as error:  # it needs another package, or another device
+    ) as error:  # it needs another package or device
         pytest.skip(str(error))
     ours = train(LayupTrainer, tmp_path, [], **options)
     assert same(ours, theirs)
