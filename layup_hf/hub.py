@@ -17,7 +17,6 @@ import transformers.trainer
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
@@ -27,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 _SNAPSHOT = "_push-"  # the Trainer uploads nothing whose name begins with an underscore
 _OWN = ("repo_id", "folder_path", "run_as_future")  # arguments of `upload_folder` that are chosen here
-_LARGE = (".safetensors", OPTIMIZER_NAME)
+_LARGE = (".safetensors", ".pt")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_in_the_first_step_a_block_counts_from_its_completion_on(blocks):
     assert not any(torch.equal(ours, original) for ours, original in zip(gradients_of(blocks), originals, strict=True))
 
 
-def test_a_block_still_to_come_counts_with_its_norm_of_the_last_step(blocks):
+def test_a_block_still_to_come_counts_with_its_norm_of_the_last_step_and_what_others_have_grown(blocks):
     clipper = clipper_of(blocks, 0.5)
     set_gradients(blocks, seed=1)
     earlier = [norm_of(block) for block in blocks]
@@ -85,8 +85,47 @@ def test_a_block_still_to_come_counts_with_its_norm_of_the_last_step(blocks):
     now = [norm_of(block) for block in blocks]
     clip(clipper, blocks)
     for block in blocks:
-        known = math.hypot(*earlier[: block.index], *now[block.index :])
-        assert norm_of(block) == pytest.approx(now[block.index] * 0.5 / known, rel=1e-4)
+        completed = math.hypot(*now[block.index :])
+        growth = completed / math.hypot(*earlier[block.index :])
+        estimate = math.hypot(completed, growth * math.hypot(*earlier[: block.index]))
+        assert norm_of(block) == pytest.approx(now[block.index] * min(1, 0.5 / estimate), rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [50.0, 1e-2])
+def test_a_gradient_that_grows_or_shrinks_as_a_whole_is_clipped_exactly_and_so_is_the_next(blocks, factor):
+    clipper = clipper_of(blocks, 0.5)
+    for scale in (1.0, factor, 1.0):
+        set_gradients(blocks)
+        for parameter in parameters_of(blocks):
+            parameter.grad *= scale
+        norm = get_total_norm(gradients_of(blocks)).item()
+        first = scale == 1.0 and clipper.total_norm() == 0
+        clip(clipper, blocks)
+        if not first:
+            assert get_total_norm(gradients_of(blocks)).item() == pytest.approx(min(norm, 0.5), rel=1e-4)
+
+
+def test_one_block_that_had_next_to_no_gradient_does_not_clip_everything_away(blocks):
+    clipper = clipper_of(blocks, 0.5)
+    set_gradients(blocks)
+    for parameter in blocks[2].parameters:
+        parameter.grad *= 1e-12
+    clip(clipper, blocks)
+    set_gradients(blocks)
+    total = get_total_norm(gradients_of(blocks)).item()
+    first = norm_of(blocks[2])
+    clip(clipper, blocks)
+    assert norm_of(blocks[2]) >= first * 0.5 / (101 * total)
+
+
+def test_gradients_in_half_precision_are_measured_in_fp32(blocks):
+    clipper = clipper_of(blocks, 0.0)
+    for parameter in parameters_of(blocks):
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.full_like(parameter, 0.1)
+    clip(clipper, blocks)
+    values = torch.cat([gradient.float().flatten() for gradient in gradients_of(blocks)])
+    assert clipper.total_norm().item() == pytest.approx(values.norm().item(), rel=1e-6)
 
 
 def test_gradients_below_the_limit_are_unchanged(blocks):

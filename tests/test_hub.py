@@ -54,7 +54,8 @@ def push_from(hub, folder, processes, cases):
 SAVES = ["--save_strategy=steps", "--save_steps=3"]
 ALWAYS = [*SAVES, "--hub_always_push=True"]
 FILES = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
-CHECKPOINT = FILES | {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}
+CHECKPOINT = FILES | {"scheduler.pt", "trainer_state.json"}
+CHECKPOINT |= {"optimizer.pt", "optimizer_1.pt", "rng_state_0.pth", "rng_state_1.pth"}
 IN_PROGRESS = [f"Training in progress, step {step}" for step in (3, 6, 9)]
 
 
