@@ -96,6 +96,8 @@ class BlockSteps:
             self._hooks.remove()
         if self._layers is not None:
             self._layers.remove()
+        if self._block_optimizer is not None:  # nothing is to keep this trainer and its model alive
+            self._block_optimizer.before_step = self._block_optimizer.take_block = None
         self._hooks = self._layers = None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
