@@ -1,8 +1,8 @@
 """Several workers evaluate and predict what one process does on the same weights, and choose the best of them.
 
-All is compared bit for bit, losses included (0 ulp). One thing differs from one process: where the length of a set is no
-multiple of the batch, accelerate fills the last batch up from the beginning of the set, and the loss is that of the batch
-so filled. With several workers of the stock Trainer it is the same, which is compared bit for bit, too.
+All is compared bit for bit, losses included (0 ulp). One thing differs from one process: where the length of a set is
+no multiple of the batch, accelerate fills the last batch up from the beginning of the set, and the loss is that of the
+batch so filled. With several workers of the stock Trainer it is the same, which is compared bit for bit, too.
 """
 
 import numpy as np
