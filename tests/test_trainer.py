@@ -135,7 +135,7 @@ def test_mixin_and_options_combine_with_other_trainers(tmp_path):
 def test_a_model_changed_after_the_optimizer_is_refused(tmp_path):
     model = gpt2()
     trainer = LayupTrainer(model=model, args=arguments(tmp_path), train_dataset=text())
-    trainer.create_optimizer()
+    trainer.train()
     model.transformer.h[0].extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"in no block, such as 'transformer\.h\.0\.extra\.weight'"):
         trainer.train()

@@ -96,6 +96,25 @@ def own_loader(cls):
     return Own
 
 
+def own_optimizer(cls):
+    class Own(cls):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+            return self.optimizer
+
+    return Own
+
+
+def own_schedule(cls):
+    class Own(cls):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+            return self.lr_scheduler
+
+    return Own
+
+
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "max_steps": 8}
 CHECKPOINTING = {"activation_checkpointing": True}
 ACCUMULATION = {"gradient_accumulation_steps": 3}
@@ -125,6 +144,8 @@ CASES = {
     "rmsprop": Case({"optim": "rmsprop"}),
     "optimizers": Case(inputs=nadam),
     "optimizer class": Case(inputs=lambda model: {"optimizer_cls_and_kwargs": (torch.optim.Adamax, {"lr": 3e-3})}),
+    "optimizer of a subclass": Case(subclass=own_optimizer),
+    "schedule of a subclass": Case(subclass=own_schedule),
     "accumulation": Case(ACCUMULATION),
     "accumulation over epochs": Case({**ACCUMULATION, "max_steps": -1, "num_train_epochs": 2.0}),
     "part of an epoch": Case({"max_steps": -1, "num_train_epochs": 1.4}),
