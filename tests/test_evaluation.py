@@ -100,6 +100,13 @@ def test_evaluation_in_training_is_that_of_the_checkpoint(workers, name, tmp_pat
             assert entry["eval_accuracy"] == expected["eval_accuracy"]
 
 
+def test_a_schedule_that_goes_by_the_metric_does_so_on_every_worker(workers):
+    """After the first evaluation of training, four more, at which the metric did not become smaller."""
+    for result in workers.results():
+        assert result["last"]["learning_rate"] == 1e-2 / 2**4
+        assert [entry["step"] for entry in result["last"]["logs"] if "eval_loss" in entry] == [0, 2, 4, 6, 8, 10]
+
+
 def test_the_sets_are_what_they_are_for():
     assert [len(EVEN) % (workers * BATCH) for workers in OTHERS] == [0, 0]
     assert all(len(ODD) % (workers * BATCH) % BATCH for workers in OTHERS)

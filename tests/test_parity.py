@@ -1,6 +1,7 @@
 """One process: what a script or a callback sees of LayupTrainer is what it sees of the stock Trainer."""
 
 import gc
+import inspect
 import json
 import weakref
 from collections.abc import Callable
@@ -240,6 +241,14 @@ def test_evaluation_and_prediction(tmp_path):
     assert (ours.predictions == theirs.predictions).all()
     assert (ours.label_ids == theirs.label_ids).all()
     assert rest == other_rest
+
+
+def test_signatures():
+    (ours, our_config), (theirs, their_config) = BOTH
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    options, others = (list(inspect.signature(config).parameters) for config in (our_config, their_config))
+    assert options[: len(others)] == others  # LayUp's own come last
 
 
 def test_nothing_keeps_a_trainer_alive(tmp_path):

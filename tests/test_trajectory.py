@@ -186,6 +186,9 @@ CASES = {
     "checkpointing, smoothing, cosine": Case(
         {**CHECKPOINTING, "label_smoothing_factor": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     ),
+    "clipped exactly, bf16, accumulation, checkpointing": Case(
+        {"max_grad_norm": 0.3, "bf16": True, **ACCUMULATION, **CHECKPOINTING}, ours={"clip": "exact"}
+    ),
     "adafactor, model in bf16, checkpointing": Case({"optim": "adafactor", **CHECKPOINTING}, build=half),
     "loader processes, by length, accumulation": Case(
         {"dataloader_num_workers": 1, "train_sampling_strategy": "group_by_length", **ACCUMULATION}, of_ragged_rows
@@ -246,6 +249,7 @@ RESUMED = {
         },
         of_ragged_rows,
     ),
+    "clipped exactly, accumulation": Case({**SAVING, **ACCUMULATION, "max_grad_norm": 0.3}, ours={"clip": "exact"}),
     "stream": Case(SAVING, lambda model: {"train_dataset": Stream()}),
 }
 
@@ -260,6 +264,28 @@ def test_trajectory_after_resuming(name, tmp_path):
         trainers.append(build(case, folder, kind, max_steps=7))
         trainers[-1].train(resume_from_checkpoint=True)
         assert trainers[-1].state.global_step == 7
+    assert_same_run(*trainers)
+
+
+@pytest.mark.parametrize("name", ["accumulation", "model_init", "optimizer of a subclass"])
+def test_trajectory_of_a_second_training_after_a_failed_one(name, tmp_path):
+    """The first one fails in the middle of a step, where nothing has been stepped yet."""
+    case = CASES[name]
+    trainers = []
+    for kind in BOTH:
+        trainer = build(case, tmp_path, kind)
+        compute_loss, calls = trainer.compute_loss, itertools.count()
+
+        def failing(*args, compute_loss=compute_loss, calls=calls, **kwargs):
+            if next(calls) == 4:
+                raise ArithmeticError("made on purpose")
+            return compute_loss(*args, **kwargs)
+
+        trainer.compute_loss = failing
+        with pytest.raises(ArithmeticError):
+            trainer.train()
+        trainer.train()
+        trainers.append(trainer)
     assert_same_run(*trainers)
 
 

@@ -1,5 +1,6 @@
 """Trains with evaluation, early stopping and the best model, then evaluates in many ways beside the stock Trainer."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -43,13 +44,12 @@ class SlowlySaving(LayupTrainer):
         super()._load_best_model()
 
 
-def train(name, worths):
+def train(name, worths, **options):
     """What is best is said in advance: the own metric of each evaluation."""
     worth = iter(worths)
-    config.output_dir = str(folder / name)
     trainer = SlowlySaving(
         model=gpt2(seed=rank),
-        args=config,
+        args=dataclasses.replace(config, output_dir=str(folder / name), **options),
         train_dataset=EVEN,
         eval_dataset=ODD,
         compute_metrics=lambda prediction: {**accuracy(prediction), "worth": next(worth)},
@@ -65,6 +65,7 @@ def train(name, worths):
         "is_best": torch.equal(weights, values(GPT2LMHeadModel.from_pretrained(best))),
         "changed": not torch.equal(weights, trainer.before_loading),
         "same": same_everywhere(weights),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "logs": trainer.state.log_history,
     }
     model, left = trainer.model, weakref.ref(trainer)
@@ -87,7 +88,8 @@ def identical(one, other):
     return one == other
 
 
-train("last", [0.1, 0.2, 0.3, 0.4, 0.5])
+plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+train("last", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], eval_on_start=True, save_strategy="best", **plateau)
 model = train("second", [0.1, 0.9, 0.5, 0.2])
 for name, evaluation in EVALUATIONS.items():
     ours = results(LayupTrainer, LayupConfig, model, folder, evaluation)
