@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluations import BATCH, EVALUATIONS, EVEN, ODD, Evaluation, completed, flat, results
 from launching import run
-from stock import arguments
+from stock import arguments, gpt2
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 OPTIONS = [
@@ -98,6 +98,18 @@ def test_evaluation_in_training_is_that_of_the_checkpoint(workers, name, tmp_pat
             (entry,) = [e for e in history if "eval_loss" in e and f"checkpoint-{e['step']}" == checkpoint.name]
             assert entry["eval_loss"] == loss_of(model, tmp_path, ODD)
             assert entry["eval_accuracy"] == expected["eval_accuracy"]
+
+
+def test_the_stock_trainer_goes_on_from_a_checkpoint(workers, tmp_path):
+    folder = workers.folder / "second" / "checkpoint-4"
+    names = {"model.safetensors", "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"}
+    states = {"optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(len(workers.results())))}
+    assert {path.name for path in folder.iterdir()} == names | states
+    options = {"max_steps": 5, "restore_callback_states_from_checkpoint": True, "per_device_train_batch_size": 2}
+    args = arguments(tmp_path, TrainingArguments, **options)
+    trainer = Trainer(model=gpt2(), args=args, train_dataset=EVEN)
+    assert trainer.train(resume_from_checkpoint=str(folder)).global_step == 5
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 4]
 
 
 def test_a_schedule_that_goes_by_the_metric_does_so_on_every_worker(workers):

@@ -101,3 +101,4 @@ for name, evaluation in EVALUATIONS.items():
 if rank == 0:
     model.save_pretrained(folder / "model")
 (folder / f"result-{rank}.json").write_text(json.dumps(result))
+config.distributed_state.destroy_process_group()

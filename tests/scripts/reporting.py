@@ -32,3 +32,4 @@ trainer = LayupTrainer(model=gpt2(), args=config, train_dataset=text(), eval_dat
 trainer.train()
 result = {"logs": trainer.state.log_history, "connections": connections}
 (folder / f"result-{config.process_index}.json").write_text(json.dumps(result))
+trainer.end()
