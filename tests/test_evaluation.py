@@ -102,9 +102,11 @@ def test_evaluation_in_training_is_that_of_the_checkpoint(workers, name, tmp_pat
 
 def test_the_stock_trainer_goes_on_from_a_checkpoint(workers, tmp_path):
     folder = workers.folder / "second" / "checkpoint-4"
+    ranks = range(len(workers.results()))
     names = {"model.safetensors", "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"}
-    states = {"optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(len(workers.results())))}
-    assert {path.name for path in folder.iterdir()} == names | states
+    states = {"optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in ranks)}
+    own = {f"optimizer_{rank}.pt" for rank in ranks[1:]}  # the Trainer has one optimizer state, rank 0's
+    assert {path.name for path in folder.iterdir()} == names | states | own
     options = {"max_steps": 5, "restore_callback_states_from_checkpoint": True, "per_device_train_batch_size": 2}
     args = arguments(tmp_path, TrainingArguments, **options)
     trainer = Trainer(model=gpt2(), args=args, train_dataset=EVEN)
