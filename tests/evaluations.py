@@ -106,7 +106,7 @@ _TIMES = ("runtime", "per_second", "preparation_time")
 
 
 def results(
-    trainer_class: type, config: type, model: nn.Module, folder: Path, evaluation: Evaluation, **options: Any
+    trainer_class: type, config: type, model: nn.Module, folder: Path, evaluation: Evaluation
 ) -> dict[str, Any]:
     """Metrics of both sets, of one by name, of one given, and a prediction with all that it returns."""
     args = config(
@@ -117,7 +117,6 @@ def results(
         per_device_eval_batch_size=BATCH,
         average_tokens_across_devices=False,  # as LayupTrainer has it
         **evaluation.options,
-        **options,
     )
     trainer = trainer_class(model=model, args=args, eval_dataset={"even": EVEN, "odd": ODD}, **evaluation.inputs())
     metrics = [trainer.evaluate(), trainer.evaluate("odd"), trainer.evaluate(ODD, metric_key_prefix="given")]

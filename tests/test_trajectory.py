@@ -1,6 +1,7 @@
 """One process: whatever is switched on, the weights are those of the stock Trainer bit for bit.
 
-Gradients are not clipped (`max_grad_norm=0`): clipping by block is the one thing in which one process differs.
+Gradients are not clipped (`max_grad_norm=0`), or with `clip="exact"`: clipping by an estimate is the one thing in which
+one process differs.
 """
 
 import itertools
@@ -12,6 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from stock import BOTH, arguments, gpt2, same, text
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
@@ -62,9 +65,7 @@ def sometimes_no_number():
 
 
 def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(50)}, unk_token="0"))
+    words = Tokenizer(WordLevel({str(number): number for number in range(50)}, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
 
 
