@@ -56,6 +56,7 @@ class ClockedLoop(Meetings):
 
     def _stop_loop(self) -> None:
         self._clock = None
+        self._log_evaluate_save = lambda: None  # it refers to this trainer
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

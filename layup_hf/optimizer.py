@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         blocks: The model's blocks; together they must hold every parameter of `inner`.
 
     Attributes:
-        before_step: Called first by `step()`; completes the blocks that backward left incomplete.
+        before_step: Called first by `step()`, if set; completes the blocks that backward left incomplete.
         take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
+            Unset, `step_block` alone.
         scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
             not finite does not step; the scaler learns of it. Nothing is synchronised.
 
@@ -42,13 +44,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         refuse_unsteppable(inner)
         _forget_positions(inner)
         self.inner = inner
-        self.before_step: Callable[[], None] = lambda: None
-        self.take_block: Callable[[Block], None] = self.step_block
+        self.before_step: Callable[[], None] | None = None
+        self.take_block: Callable[[Block], None] | None = None
         self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
         self._stepped = [False] * len(self._blocks)
         self._shares = self._share_groups()
-        self._scaled = [_ScaledBlock(self, block) for block in self._blocks]
+        self._scaled = [_ScaledBlock(weakref.proxy(self), block) for block in self._blocks]
         self._optimizer_step_pre_hooks = OrderedDict()  # where register_step_pre_hook and _post_hook put theirs
         self._optimizer_step_post_hooks = OrderedDict()
 
@@ -100,11 +102,13 @@ class BlockOptimizer(torch.optim.Optimizer):
             raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
         for hook in list(self._optimizer_step_pre_hooks.values()):
             hook(self, (), {})
-        self.before_step()
+        if self.before_step is not None:
+            self.before_step()
+        take_block = self.take_block or self.step_block
         with self._told_of_overflow():
             for block in reversed(self._blocks):
                 if not self._stepped[block.index]:
-                    self.take_block(block)
+                    take_block(block)
         self._stepped = [False] * len(self._blocks)
         for share in itertools.chain.from_iterable(self._shares):
             self.inner.param_groups[share.group].update(

@@ -40,16 +40,12 @@ class BlockSteps:
         model = super()._wrap_model(model, training, dataloader)
         if not training:
             return model
+        if self._block_optimizer is None:  # here it has been made, by whichever subclass, and not been used by anything
+            self._blocks = split_into_blocks(self.model)
+            self.optimizer = BlockOptimizer(self.optimizer, self._blocks)
         with nothing_compiled(self.accelerator):
             # `evaluation_mode` leaves out the DDP wrapper alone; autocast and device placement stay.
             return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        if self._block_optimizer is None:
-            self._blocks = split_into_blocks(self.model if model is None else model)
-            optimizer = self.optimizer = BlockOptimizer(optimizer, self._blocks)
-        return optimizer
 
     @property
     def _block_optimizer(self) -> BlockOptimizer | None:
@@ -96,6 +92,8 @@ class BlockSteps:
             self._hooks.remove()
         if self._layers is not None:
             self._layers.remove()
+        if self._block_optimizer is not None:  # nothing is to keep this trainer and its model alive
+            self._block_optimizer.before_step = self._block_optimizer.take_block = None
         self._hooks = self._layers = None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:

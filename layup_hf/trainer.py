@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import uuid
 from collections import Counter
@@ -295,3 +296,7 @@ class LayupTrainer(LayupMixin, Trainer):
 
     Takes the arguments of `Trainer`. `args` is a `LayupConfig`, or a plain `TrainingArguments` for LayUp's defaults.
     """
+
+    @functools.wraps(Trainer.__init__)  # scripts look into its signature for what a version of transformers accepts
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_trainer import arguments, gpt2, same, text
+from stock import arguments, gpt2, same, text
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from layup_hf import LayupConfig, LayupTrainer

@@ -1,4 +1,7 @@
-"""One process: the trajectory of the Trainer bit for bit, and what is refused."""
+"""One process: every kind of model, a second train() and resuming, and what is refused.
+
+That each option gives the trajectory of the stock Trainer is in `test_trajectory.py`.
+"""
 
 import os
 import signal
@@ -6,9 +9,9 @@ import signal
 import pytest
 import torch
 from models import TINY
+from stock import arguments, gpt2, same, text
 from torch.nn.functional import mse_loss
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -19,59 +22,6 @@ from transformers import (
 
 from layup_hf import LayupConfig, LayupMixin, LayupOptions, LayupTrainer
 from layup_hf.optimizer import BlockOptimizer
-
-
-def gpt2(seed=0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
-
-
-def text(count=32):
-    tokens = torch.randint(0, 50, (count, 8), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-def arguments(folder, cls=LayupConfig, **options):
-    fixed = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
-    chosen = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_grad_norm": 0.0}
-    return cls(output_dir=str(folder), **{**fixed, **chosen, "logging_steps": 2, **options})
-
-
-def same(model, other):
-    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"optim": "adamw_torch", "weight_decay": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine"},
-        {"optim": "sgd", "optim_args": "momentum=0.9"},
-        {"optim": "adafactor"},
-        {"optim": "adagrad"},
-        {"optim": "rmsprop"},
-        {"gradient_accumulation_steps": 3},
-        {"activation_checkpointing": True},
-        {"bf16": True},
-        {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0},
-        {"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 3},
-    ],
-    ids=lambda options: ",".join(options) or "defaults",
-)
-def test_trajectory_is_the_trainers_bit_for_bit(tmp_path, options):
-    ours, theirs = gpt2(), gpt2()  # each trainer seeds the generators that its own dropout draws from
-    trainer = LayupTrainer(model=ours, args=arguments(tmp_path, **options), train_dataset=text())
-    output = trainer.train()
-    stock = Trainer(model=theirs, args=arguments(tmp_path, TrainingArguments, **options), train_dataset=text())
-    expected = stock.train()
-    assert same(ours, theirs)
-    assert not same(ours, gpt2())
-    assert output.training_loss == expected.training_loss
-    for entry, other in zip(trainer.state.log_history[:-1], stock.state.log_history[:-1], strict=True):
-        assert entry.keys() == other.keys()
-        assert entry["loss"] == other["loss"]
-        assert entry["learning_rate"] == other["learning_rate"]
-        assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
 def test_a_second_train_goes_on_as_the_trainer_does(tmp_path):
@@ -106,18 +56,6 @@ def test_a_checkpoint_of_the_trainer_can_be_resumed(tmp_path):
     ours = gpt2(seed=1)
     trainer = LayupTrainer(model=ours, args=arguments(tmp_path), train_dataset=text())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert same(ours, theirs)
-
-
-def test_the_users_optimizer_and_schedule_are_used(tmp_path):
-    def build(model):
-        optimizer = torch.optim.NAdam(model.parameters(), lr=3e-3)
-        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
-
-    ours, theirs = gpt2(), gpt2()
-    LayupTrainer(model=ours, args=arguments(tmp_path), train_dataset=text(), optimizers=build(ours)).train()
-    args = arguments(tmp_path, TrainingArguments)
-    Trainer(model=theirs, args=args, train_dataset=text(), optimizers=build(theirs)).train()
     assert same(ours, theirs)
 
 
@@ -197,7 +135,7 @@ def test_mixin_and_options_combine_with_other_trainers(tmp_path):
 def test_a_model_changed_after_the_optimizer_is_refused(tmp_path):
     model = gpt2()
     trainer = LayupTrainer(model=model, args=arguments(tmp_path), train_dataset=text())
-    trainer.create_optimizer()
+    trainer.train()
     model.transformer.h[0].extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"in no block, such as 'transformer\.h\.0\.extra\.weight'"):
         trainer.train()

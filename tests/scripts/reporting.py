@@ -1,0 +1,35 @@
+"""Trains with reports to TensorBoard and Trackio; notes what was logged, and every connection that Python made."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+connections = []
+
+
+def note_connections(event, arguments):
+    if event in ("socket.bind", "socket.connect"):
+        connections.append(f"{event} {arguments[1]}")
+
+
+sys.addaudithook(note_connections)
+
+from stock import arguments, gpt2, text  # noqa: E402 - the hook comes first
+
+from layup_hf import LayupTrainer  # noqa: E402
+
+folder = Path(os.environ["LAYUP_TEST_RESULTS"])
+config = arguments(
+    folder / "out",
+    report_to=["tensorboard", "trackio"],
+    run_name="parity",
+    max_steps=8,
+    eval_strategy="steps",
+    eval_steps=4,
+)
+trainer = LayupTrainer(model=gpt2(), args=config, train_dataset=text(), eval_dataset=text(6))
+trainer.train()
+result = {"logs": trainer.state.log_history, "connections": connections}
+(folder / f"result-{config.process_index}.json").write_text(json.dumps(result))
+trainer.end()
