@@ -121,8 +121,8 @@ class Checkpoints:
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
-            folder = Path(self._get_output_dir(trial))
-            others = [file for file in sort_checkpoints(str(folder)) if file != self.state.best_model_checkpoint]
+            folder, best = Path(self._get_output_dir(trial)), Path(self.state.best_model_checkpoint).resolve()
+            others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
             _remove(folder, others)  # as the Trainer would, one file after the other
         return super()._finalize_training(trial, *args, **kwargs)
 
@@ -204,8 +204,8 @@ def _publish(folder: Path, name: str) -> None:
 def _rotate(folder: Path, limit: int, best: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, as the Trainer does: not the latest, not the best."""
     checkpoints = sort_checkpoints(str(folder), use_mtime=True)
-    kept = {checkpoints[-1], str(best)} & set(checkpoints)
-    removable = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+    kept = {Path(place).resolve() for place in (checkpoints[-1], best) if place is not None}
+    removable = [checkpoint for checkpoint in checkpoints if Path(checkpoint).resolve() not in kept]
     _remove(folder, removable[: max(0, len(checkpoints) - max(limit, len(kept)))])
 
 
