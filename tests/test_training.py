@@ -72,7 +72,8 @@ def test_hooks_are_removed(four):
     assert all(result["hooks_left"] == 0 for result in four)
 
 
-def test_accumulation_checkpointing_and_bf16_together(tmp_path):
+@pytest.mark.parametrize("workers", [2, 4])
+def test_accumulation_checkpointing_and_bf16_together(workers, tmp_path):
     options = [
         "--gradient_accumulation_steps=2",
         "--activation_checkpointing=True",
@@ -80,7 +81,7 @@ def test_accumulation_checkpointing_and_bf16_together(tmp_path):
         "--peers_per_step=1",
         "--logging_steps=4",
     ]
-    for result in run("train.py", 2, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path).results():
+    for result in run("train.py", workers, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path).results():
         assert result["same_at_end"]
         assert result["consensus"][-1]["mass_exact"]
         assert set(result["collectives_between_meetings"]) == {0}
