@@ -126,7 +126,8 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def is_in_spike(step: int, steps: int) -> bool:
-    return SPIKE * steps <= step - 1 < SPIKE * steps + SPIKE_STEPS
+    """Whether the loss logged at this step may be of the spike: workers publish theirs a little later."""
+    return SPIKE * steps <= step - 1 < SPIKE * steps + SPIKE_STEPS + 3
 
 
 def select(results: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
