@@ -193,6 +193,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.inner.defaults
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A deep copy, or what is unpickled, is a plain optimizer, as the Trainer's would be."""
+        return _itself, (self.inner,)
+
     def __repr__(self) -> str:
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
 
@@ -249,6 +253,10 @@ class _ScaledBlock:
             self._optimizer._step_share(self._block)
         finally:
             del inner.found_inf
+
+
+def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
 
 
 def _snapshot(group: dict[str, Any]) -> dict[str, Any]:

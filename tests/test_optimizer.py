@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -275,6 +276,15 @@ def test_hooks_come_once_with_a_step_and_see_the_whole_optimizer(registered_befo
         one.grad, other.grad = torch.ones(2), torch.ones(2)
         optimizer.step()
     assert seen == [("pre", inner, 2), ("post", inner, 2)] * 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_is_a_plain_optimizer(duplicate):
+    _, _, other, optimizer, blocks = twins("adamw_foreach")
+    block_step(other, optimizer, blocks)
+    again = duplicate(optimizer)
+    assert type(again) is AdamW
+    assert_same_state(again.state_dict(), optimizer.state_dict())
 
 
 def test_zero_grad_reaches_every_parameter():
