@@ -36,15 +36,18 @@ class BlockClipper:
     ) -> None:
         self._max_norm = max_norm
         self._skips_overflow = skips_overflow
-        self._norms = torch.zeros(len(blocks), device=device)  # of this step as far as it has come, else of the last
-        self._last = torch.zeros(len(blocks), device=device)
-        self._squares = torch.zeros(3, device=device)  # of the completed blocks now and in the last step; of the others
+        is_double = any(parameter.dtype == torch.float64 for block in blocks for parameter in block.parameters)
+        options = {"dtype": torch.float64 if is_double else torch.float32, "device": device}
+        self._norms = torch.zeros(len(blocks), **options)  # of this step as far as it has come, else of the last
+        self._last = torch.zeros(len(blocks), **options)
+        self._squares = torch.zeros(3, **options)  # of the completed blocks now and in the last step; of the others
         self._completed = 0
 
     def clip_block(self, block: Block) -> None:
         """Scale the gradients of `block`, which must be complete, by `min(1, max_norm / estimate)`."""
         if self._completed == 0:
-            self._last.copy_(self._norms)
+            # A norm that is not finite tells nothing about the next step, which it would take away from the others.
+            self._last.copy_(torch.where(torch.isfinite(self._norms.square()), self._norms, 0.0))
             self._squares.zero_()
             self._squares[2] = self._last.square().sum()
         self._completed = (self._completed + 1) % len(self._norms)

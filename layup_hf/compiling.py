@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class CompiledLayers:
         for block in blocks:
             if (layer := block.layer) is not None:
                 self._layers.append((layer, layer.__dict__.get("forward")))
-                layer.forward = torch.compile(layer.forward, **options)
+                layer.forward = _compiled(layer.forward, options)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -43,6 +44,13 @@ class CompiledLayers:
             del layer.forward
             if previous is not None:  # somebody had replaced it before, on this instance
                 layer.forward = previous
+
+
+def _compiled(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """A method stays a method, so that a deep copy of its layer has the copy's own."""
+    if isinstance(forward, MethodType):
+        return MethodType(torch.compile(forward.__func__, **options), forward.__self__)
+    return torch.compile(forward, **options)
 
 
 def compile_options(accelerator: Accelerator) -> dict[str, Any] | None:

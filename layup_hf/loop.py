@@ -38,8 +38,8 @@ class ClockedLoop(Meetings):
 
     Evaluating, saving and stopping need all workers: they meet between two of their steps (see `Meetings`).
 
-    In its own step, in the callbacks that go with steps and in logging a worker is alone: what a subclass or a callback
-    gathers or reduces there through accelerate is this worker's own, as with one process.
+    In its own step, in the callbacks that go with steps or begin and end an epoch, and in logging a worker is alone:
+    what a subclass or a callback gathers or reduces there through accelerate is this worker's own, as with one process.
     """
 
     _is_alone = False
@@ -47,6 +47,14 @@ class ClockedLoop(Meetings):
     def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
         self._start_meetings(clock)
         self._ledger = ledger
+        self._launched_as = PartialState().distributed_type
+        handler = self.callback_handler
+
+        def on_epoch_begin(*call: Any) -> Any:
+            with self._alone(may_meet=True):  # others may still be in the epoch before, and meet for something else
+                return type(handler).on_epoch_begin(handler, *call)
+
+        handler.on_epoch_begin = on_epoch_begin
         clock.draw()  # for the first step; for each of the others it is drawn after the one before
         self._steps_logged = 0
         self._initial_epoch = self.state.epoch or 0.0
@@ -56,21 +64,36 @@ class ClockedLoop(Meetings):
 
     def _stop_loop(self) -> None:
         self._clock = None
-        self._log_evaluate_save = lambda: None  # it refers to this trainer
+        self._log_evaluate_save = lambda: None  # it refers to this trainer, and so does the next
+        vars(self.callback_handler).pop("on_epoch_begin", None)
+
+    def _alone(self, may_meet: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Let accelerate's collectives act on this worker only: the others are elsewhere, and would not join in.
+
+        Args:
+            may_meet: Whether what needs all workers, such as `evaluate()`, may be called: it waits for them itself.
+        """
+        return self._acting_as(DistributedType.NO, not may_meet)
+
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        """Let accelerate's collectives act on all workers again, for what all of them come to."""
+        return contextlib.nullcontext() if self._clock is None else self._acting_as(self._launched_as, self._is_alone)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let accelerate's collectives act on this worker only: the others are elsewhere, and would not join in."""
+    def _acting_as(self, kind: DistributedType, is_alone: bool) -> Iterator[None]:
         states = PartialState(), self.accelerator.state  # accelerate copies the first into the second now and then
-        before, self._is_alone = (states[0].distributed_type, self._is_alone), True
+        before = states[0].distributed_type, self._is_alone, PartialState.use_distributed
+        # By this one accelerate tells whether `on_main_process` and the like choose among workers: there are several.
+        PartialState.use_distributed = property(lambda state: state.num_processes > 1)
+        self._is_alone = is_alone
         for state in states:
-            state.distributed_type = DistributedType.NO
+            state.distributed_type = kind
         try:
             yield
         finally:
             for state in states:
                 state.distributed_type = before[0]
-            self._is_alone = before[1]
+            _, self._is_alone, PartialState.use_distributed = before
 
     def _run_epoch(self, **call: Any) -> None:
         if self._clock is None:
@@ -103,7 +126,8 @@ class ClockedLoop(Meetings):
             self.state.epoch = epoch + 1
             if is_last:
                 self._end_data()
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        with self._alone(may_meet=True):
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         if any(self._wishes()):
             self._meet(has_ended=True)
         elif self.control.should_log:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .blocks import Block
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
 
 class BlockOptimizer(torch.optim.Optimizer):
     """Steps one block at a time with the optimizer that the Trainer would have used for the whole model.
@@ -32,6 +34,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         before_step: Called first by `step()`, if set; completes the blocks that backward left incomplete.
         take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
             Unset, `step_block` alone.
+        keeps_gradients: Whether a block that has been stepped keeps its gradients until `zero_grad()`.
         scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
             not finite does not step; the scaler learns of it. Nothing is synchronised.
 
@@ -46,13 +49,16 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.inner = inner
         self.before_step: Callable[[], None] | None = None
         self.take_block: Callable[[Block], None] | None = None
+        self.keeps_gradients = False
         self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
         self._stepped = [False] * len(self._blocks)
         self._shares = self._share_groups()
         self._scaled = [_ScaledBlock(weakref.proxy(self), block) for block in self._blocks]
-        self._optimizer_step_pre_hooks = OrderedDict()  # where register_step_pre_hook and _post_hook put theirs
-        self._optimizer_step_post_hooks = OrderedDict()
+        # Hooks of the inner optimizer are of a whole step: they come with ours, not with every block's.
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
+            vars(inner).get(name, OrderedDict()) for name in _HOOKS
+        )
 
     def _share_groups(self) -> list[list[_Share]]:
         """Each block's part of each parameter group."""
@@ -71,12 +77,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         return [list(groups.values()) for groups in shares]
 
     def step_block(self, block: Block) -> None:
-        """Step the parameters of `block` with the gradients that they have, then free these gradients."""
+        """Step the parameters of `block` with their gradients, then free these unless they are to be kept."""
         if self.scaler is None:
             self._step_share(block)
         else:
             self.scaler.step(self._scaled[block.index])
-        for parameter in block.parameters:
+        for parameter in block.parameters if not self.keeps_gradients else ():
             parameter.grad = None
         self._stepped[block.index] = True
 
@@ -88,11 +94,14 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _step_share(self, block: Block) -> None:
         inner, groups, shares = self.inner, self.inner.param_groups, self._shares[block.index]
         views = [share.view(groups[share.group]) for share in shares]
+        hooks = {name: vars(inner)[name] for name in _HOOKS if name in vars(inner)}
         inner.param_groups = views
+        vars(inner).update({name: OrderedDict() for name in hooks})
         try:
             inner.step()
         finally:
             inner.param_groups = groups
+            vars(inner).update(hooks)
         for share, view in zip(shares, views, strict=True):
             share.keep(groups[share.group], view, type(inner).__name__)
 
@@ -101,21 +110,38 @@ class BlockOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
         for hook in list(self._optimizer_step_pre_hooks.values()):
-            hook(self, (), {})
+            hook(self.inner, (), {})
         if self.before_step is not None:
             self.before_step()
         take_block = self.take_block or self.step_block
-        with self._told_of_overflow():
-            for block in reversed(self._blocks):
-                if not self._stepped[block.index]:
-                    take_block(block)
-        self._stepped = [False] * len(self._blocks)
-        for share in itertools.chain.from_iterable(self._shares):
-            self.inner.param_groups[share.group].update(
-                share.own or {}
-            )  # alike in all blocks, now that all have stepped
+        try:
+            with self._told_of_overflow():
+                for block in reversed(self._blocks):
+                    if not self._stepped[block.index]:
+                        take_block(block)
+        finally:  # if memory has run out here, the next step is a new one
+            self._stepped = [False] * len(self._blocks)
+        self._keep_counters()
         for hook in list(self._optimizer_step_post_hooks.values()):
-            hook(self, (), {})
+            hook(self.inner, (), {})
+
+    def _keep_counters(self) -> None:
+        """Put what blocks count for themselves into their groups, now that all have stepped.
+
+        Raises:
+            ValueError: The blocks have come to different figures: it is not steps that are counted.
+        """
+        counters: list[dict[str, Any]] = [{} for _ in self.inner.param_groups]
+        for share in itertools.chain.from_iterable(self._shares):
+            for name, value in (share.own or {}).items():
+                first = counters[share.group].setdefault(name, value)
+                if not isinstance(value, Tensor) and value != first:  # to compare tensors would wait for the device
+                    raise ValueError(
+                        f"{type(self.inner).__name__} takes {name!r} from all parameters of a group together, which "
+                        "cannot be stepped block by block. Choose another `optim`, such as adamw_torch."
+                    )
+        for group, counted in zip(self.inner.param_groups, counters, strict=True):
+            group.update(counted)
 
     @contextlib.contextmanager
     def _told_of_overflow(self) -> Iterator[None]:
@@ -128,6 +154,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         finally:
             for name in told:
                 delattr(self.inner, name)
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether something is hooked to it that wants to see the whole gradient before the step."""
+        return bool(self._optimizer_step_pre_hooks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
@@ -161,6 +192,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.inner.defaults
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A deep copy, or what is unpickled, is a plain optimizer, as the Trainer's would be."""
+        return _itself, (self.inner,)
 
     def __repr__(self) -> str:
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
@@ -218,6 +253,10 @@ class _ScaledBlock:
             self._optimizer._step_share(self._block)
         finally:
             del inner.found_inf
+
+
+def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
 
 
 def _snapshot(group: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,12 @@ class BlockSteps:
     def _start_block_steps(self) -> None:
         engine, optimizer, scaler = self._engine, self._block_optimizer, self.accelerator.scaler
         clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
-        optimizer.scaler = scaler if clips else None
+        optimizer.scaler, optimizer.keeps_gradients = (scaler, False) if clips else (None, True)
+        if clips and optimizer.sees_gradients:
+            raise ValueError(
+                "A hook of `register_step_pre_hook` and `clip='estimate'` exclude each other: blocks step in backward, "
+                "so there is no whole gradient to be seen before the step. Set `clip='exact'`."
+            )
         if optimizer.scaler is not None and not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
             raise ValueError(cannot_skip(type(optimizer.inner).__name__))
         if optimizer.scaler is not None:

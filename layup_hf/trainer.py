@@ -271,24 +271,28 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        self._reach_consensus("evaluate()")
-        return super().evaluate(*args, **kwargs)
+        with self._together():
+            self._reach_consensus("evaluate()")
+            return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        self._reach_consensus("predict()")
-        return super().predict(*args, **kwargs)
+        with self._together():
+            self._reach_consensus("predict()")
+            return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._reach_consensus("a checkpoint")
-        if self._engine is not None:
-            self._keep_position()
-        super()._save_checkpoint(*args, **kwargs)
+        with self._together():
+            self._reach_consensus("a checkpoint")
+            if self._engine is not None:
+                self._keep_position()
+            super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
-        self._reach_consensus("save_model()")
-        super().save_model(*args, **kwargs)
+        with self._together():
+            self._reach_consensus("save_model()")
+            super().save_model(*args, **kwargs)
 
 
 class LayupTrainer(LayupMixin, Trainer):

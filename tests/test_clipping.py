@@ -34,7 +34,7 @@ def set_gradients(blocks, seed=0):
     """Random gradients, and a copy of them."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters_of(blocks):
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return [parameter.grad.clone() for parameter in parameters_of(blocks)]
 
 
@@ -188,3 +188,33 @@ def test_a_parameter_without_gradient_is_left_out(blocks):
     assert first.grad is None
     assert clipper.total_norm().item() == pytest.approx(expected, rel=1e-6)
     assert get_total_norm(others).item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [1e25, torch.inf, torch.nan])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_norm_that_is_not_finite_concerns_the_step_that_it_is_in_alone(blocks, number, value):
+    clipper = clipper_of(blocks, 0.5)
+    set_gradients(blocks)
+    clip(clipper, blocks)
+    set_gradients(blocks)
+    for parameter in blocks[number].parameters:
+        parameter.grad.fill_(value)
+    clip(clipper, blocks)
+    assert not math.isfinite(clipper.total_norm())
+    for _ in range(2):
+        set_gradients(blocks)
+        clip(clipper, blocks)
+        norm = get_total_norm(gradients_of(blocks)).item()
+        assert 0.2 < norm < 1.0
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_gradients_in_double_precision_are_measured_and_clipped_so(blocks):
+    for parameter in parameters_of(blocks):
+        parameter.data = parameter.data.double()
+    clipper = clipper_of(blocks, 0.5)
+    for _ in range(2):
+        originals = set_gradients(blocks)
+        clip(clipper, blocks)
+    assert clipper.total_norm().item() == pytest.approx(get_total_norm(originals).item(), rel=1e-14)
+    assert get_total_norm(gradients_of(blocks)).item() == pytest.approx(0.5, rel=1e-5)

@@ -132,6 +132,8 @@ def test_what_is_gathered_in_a_step_is_the_workers_own_and_nobody_waits_for_it(t
         assert result["times"] == 8 * result["steps"]
         assert result["alone"]
         assert {entry["ranks"] for entry in entries(result, "loss")} == {1}
+    assert fast["ran"] == ["begins with 1", "ends with 1", "main"]
+    assert slow["ran"] == ["begins with 1", "ends with 1", "last"]
     assert fast["steps"] > 2 * slow["steps"]
 
 

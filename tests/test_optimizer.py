@@ -1,6 +1,9 @@
 """Stepping block by block is the plain optimizer, to the bit."""
 
+import contextlib
 import copy
+import itertools
+import pickle
 
 import pytest
 import torch
@@ -240,18 +243,48 @@ def test_a_scheduler_sets_the_rate_of_the_inner_optimizer():
 
 def test_groups_come_back_after_an_error_in_the_step():
     param = parameter(2)
-    optimizer = BlockOptimizer(SGD([param], lr=0.1), blocks := make_blocks([param]))
+    optimizer = BlockOptimizer(StateInGroup([param], None, lambda _: 1 / 0), blocks := make_blocks([param]))
     groups = optimizer.param_groups
-    optimizer.inner.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.step_block(blocks[0])
     assert optimizer.param_groups is groups
 
 
-def test_hooks_of_the_optimizer_can_be_registered():
-    param = parameter(2)
-    optimizer = BlockOptimizer(SGD([param], lr=0.1), make_blocks([param]))
-    optimizer.register_step_post_hook(lambda *_: None)
+def test_a_step_after_one_that_failed_steps_every_block():
+    one, other = parameter(2), parameter(2)
+    calls = itertools.count(1)
+    inner = StateInGroup([one, other], None, lambda _: 1 / 0 if next(calls) == 2 else None)
+    optimizer = BlockOptimizer(inner, make_blocks([one], [other]))
+    for fails in (True, False):
+        before = [one.clone(), other.clone()]
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            optimizer.step()
+    assert not torch.equal(one, before[0])
+    assert not torch.equal(other, before[1])
+
+
+@pytest.mark.parametrize("registered_before", [True, False])
+def test_hooks_come_once_with_a_step_and_see_the_whole_optimizer(registered_before):
+    one, other = parameter(2), parameter(2)
+    inner, seen = SGD([one, other], lr=0.1), []
+    optimizer = None if registered_before else BlockOptimizer(inner, make_blocks([one], [other]))
+    inner.register_step_pre_hook(lambda owner, *_: seen.append(("pre", owner, len(owner.param_groups[0]["params"]))))
+    inner.register_step_post_hook(lambda owner, *_: seen.append(("post", owner, len(owner.param_groups[0]["params"]))))
+    optimizer = optimizer or BlockOptimizer(inner, make_blocks([one], [other]))
+    for _ in range(2):
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    assert seen == [("pre", inner, 2), ("post", inner, 2)] * 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_is_a_plain_optimizer(duplicate):
+    _, _, other, optimizer, blocks = twins("adamw_foreach")
+    block_step(other, optimizer, blocks)
+    again = duplicate(optimizer)
+    assert type(again) is AdamW
+    assert_same_state(again.state_dict(), optimizer.state_dict())
 
 
 def test_zero_grad_reaches_every_parameter():
@@ -363,6 +396,16 @@ def test_state_of_parameters_in_a_group_is_refused_by_its_name():
     one.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"StateInGroup keeps the state of its parameters.*\(state\).*adamw_torch"):
         optimizer.step_block(blocks[0])
+
+
+def test_a_figure_of_all_parameters_together_is_refused_by_its_name():
+    """Such as Prodigy's estimate of the distance to the solution."""
+    one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 2.0))
+    estimate = lambda group: group.update(d=sum(float(p.detach().norm()) for p in group["params"]))  # noqa: E731
+    optimizer = BlockOptimizer(StateInGroup([one, other], 1.0, estimate), make_blocks([one], [other]))
+    one.grad, other.grad = torch.ones(2), torch.ones(2)
+    with pytest.raises(ValueError, match=r"StateInGroup takes 'd' from all parameters.*adamw_torch"):
+        optimizer.step()
 
 
 def test_a_closure_is_refused():

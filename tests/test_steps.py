@@ -1,10 +1,13 @@
 """Exact clipping, loss scaling and compiled layers, each beside the Trainer."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from stock import arguments, gpt2, same, text
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from layup_hf import LayupConfig, LayupTrainer
 
@@ -62,6 +65,38 @@ def test_with_exact_clipping_callbacks_see_the_gradients(tmp_path):
     train(LayupTrainer, tmp_path, callbacks=[estimate], max_grad_norm=0.1)
     assert exact.norms == pytest.approx([0.1] * 6, rel=1e-3)
     assert estimate.norms == [None] * 6
+
+
+def with_schedule_of_its_steps(cls, folder, **options):
+    """Adafactor with relative steps; its schedule reads from the optimizer what the last step was."""
+    config, model = LayupConfig if issubclass(cls, LayupTrainer) else TrainingArguments, gpt2()
+    optimizer = Adafactor(model.parameters(), relative_step=True, warmup_init=True, scale_parameter=True)
+    optimizers = (optimizer, AdafactorSchedule(optimizer))
+    trainer = cls(model=model, args=arguments(folder, config, **options), train_dataset=text(), optimizers=optimizers)
+    trainer.train()
+    return trainer
+
+
+def test_with_exact_clipping_gradients_stay_until_they_are_zeroed(tmp_path):
+    ours = with_schedule_of_its_steps(LayupTrainer, tmp_path, clip="exact")
+    theirs = with_schedule_of_its_steps(Trainer, tmp_path)
+    assert logged(ours, "learning_rate") == logged(theirs, "learning_rate")
+    assert logged(ours, "learning_rate")[0] > 0
+    assert all(parameter.grad is None for parameter in ours.model.parameters())
+
+
+def test_a_hook_before_the_step_sees_the_whole_gradient_or_is_refused(tmp_path):
+    def trainer_of(seen, **options):
+        model = gpt2()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(all(p.grad is not None for p in model.parameters())))
+        args = arguments(tmp_path, **options)
+        return LayupTrainer(model=model, args=args, train_dataset=text(), optimizers=(optimizer, None))
+
+    trainer_of(seen := [], clip="exact").train()
+    assert seen == [True] * 6
+    with pytest.raises(ValueError, match=r"`register_step_pre_hook` and `clip='estimate'` exclude each other.*exact"):
+        trainer_of([]).train()
 
 
 def test_the_estimate_stays_close_to_exact_clipping(tmp_path):
@@ -200,3 +235,19 @@ def test_an_evaluation_before_training_leaves_layers_to_be_compiled(tmp_path):
     trainer.train()
     assert trainer.ready[:4] == ["head", "transformer.h.1", "transformer.h.0", "embeddings"]
     assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_a_copy_of_a_compiled_model_is_a_model_of_its_own(tmp_path):
+    class Copy(TrainerCallback):
+        """As one that averages the weights keeps it."""
+
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            self.model = copy.deepcopy(model)
+
+    callback, batch = Copy(), {"input_ids": text()[0]["input_ids"][None]}
+    trainer = train(LayupTrainer, tmp_path, callbacks=[callback], torch_compile_backend="aot_eager")
+    expected = gpt2()
+    assert not same(trainer.model, expected)
+    for model in (callback.model, expected):
+        model.eval()
+    torch.testing.assert_close(callback.model(**batch).logits, expected(**batch).logits)

@@ -37,6 +37,10 @@ def half():
     return gpt2().to(torch.bfloat16)
 
 
+def double():
+    return gpt2().double()
+
+
 def nadam(model):
     optimizer = torch.optim.NAdam(model.parameters(), lr=3e-3)
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5))}
@@ -156,6 +160,7 @@ CASES = {
     ),
     "bf16": Case({"bf16": True}),
     "model in bf16": Case(build=half),
+    "model in double precision": Case(build=double),
     "label smoothing": Case({"label_smoothing_factor": 0.1}),
     "neftune": Case({"neftune_noise_alpha": 5.0}),
     "loss function": Case(ACCUMULATION, lambda model: {"compute_loss_func": loss_of_tokens}),

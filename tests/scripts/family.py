@@ -184,19 +184,33 @@ class GatheringTrainer(LayupTrainer):
 
 
 class GatheringCallback(TrainerCallback):
+    def __init__(self):
+        self.ran = set()
+
     def on_step_end(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
+        PartialState().on_main_process(lambda: self.ran.add("main"))()
+        PartialState().on_last_process(lambda: self.ran.add("last"))()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.ran.add(f"begins with {len(gather_object([rank]))}")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ran.add(f"ends with {len(gather_object([rank]))}")
 
 
 def gathering():
     tokens = torch.tensor([row["labels"] for row in copies(64)])
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    args = LayupConfig(folder("gathering"), **{**COMMON, **EVALUATED, **SLOW, "max_steps": 24})
+    options = {"max_steps": 24, "shared_batches": False}  # the fast one is at the end of its epoch long before the slow
+    args = LayupConfig(folder("gathering"), **{**COMMON, **EVALUATED, **SLOW, **options})
+    callback = GatheringCallback()
     trainer = observed(GatheringTrainer)(
-        model=llama(), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=[GatheringCallback()]
+        model=llama(), args=args, train_dataset=data, eval_dataset=data[:8], callbacks=[callback]
     )
     trainer.alone, trainer.together = [], []
-    return train(trainer) | {"alone": all(trainer.alone), "times": len(trainer.alone), "together": trainer.together}
+    result = train(trainer) | {"ran": sorted(callback.ran)}
+    return result | {"alone": all(trainer.alone), "times": len(trainer.alone), "together": trainer.together}
 
 
 # ---- TRL ----
