@@ -294,6 +294,19 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
             self._reach_consensus("save_model()")
             super().save_model(*args, **kwargs)
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with one process.
+
+        Raises:
+            ValueError: There are several workers.
+        """
+        if self.args.world_size > 1:
+            raise ValueError(
+                "hyperparameter_search() and LayUp with several workers exclude each other: a trial that one worker "
+                "prunes would leave the others waiting. Search with one process, or start a run for each trial."
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
 
 class LayupTrainer(LayupMixin, Trainer):
     """`transformers.Trainer` that trains by layer-wise gossip between workers; see `LayupMixin` for what differs.

@@ -5,6 +5,7 @@ That each option gives the trajectory of the stock Trainer is in `test_trajector
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,3 +197,9 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.step
         return control
+
+
+def test_a_search_with_several_workers_is_refused():
+    several = SimpleNamespace(args=SimpleNamespace(world_size=2))
+    with pytest.raises(ValueError, match=r"hyperparameter_search\(\) and LayUp with several workers exclude"):
+        LayupTrainer.hyperparameter_search(several)
