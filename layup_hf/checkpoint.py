@@ -36,6 +36,7 @@ class Resumed:
         folder: The checkpoint.
         global_step: Its step.
         epoch: Epochs that all workers together had trained, with the fraction of the last one.
+        max_steps: The step that training was to end with.
         workers: How many workers there were.
         position: Where they were in the data, from `_keep_position`; None for a checkpoint of one process.
     """
@@ -43,6 +44,7 @@ class Resumed:
     folder: Path
     global_step: int
     epoch: float
+    max_steps: int
     workers: int
     position: dict[str, Any] | None
 
@@ -56,7 +58,7 @@ class Resumed:
             state = TrainerState.load_from_json(str(file))
         position = state.stateful_callbacks.get(POSITION)
         workers = (position or {}).get("workers") or max(1, len(list(Path(folder).glob("rng_state_*.pth"))))
-        return cls(Path(folder), state.global_step, state.epoch or 0.0, workers, position)
+        return cls(Path(folder), state.global_step, state.epoch or 0.0, state.max_steps, workers, position)
 
     def optimizer_file(self, rank: int) -> Path | None:
         """The optimizer state for this rank, of the workers in turn if they were fewer; None where it is rank 0's."""

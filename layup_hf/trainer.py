@@ -112,6 +112,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
 
     def _start_gossip(self) -> None:
         self._agreed_at = 0
+        self._masses = (1.0,) * self.args.world_size
         rank, world_size = self.args.process_index, self.args.world_size
         run = gather_object([uuid.uuid4().hex])[0]
         store = connect_store(run) if world_size > 1 else HashStore()
