@@ -70,6 +70,10 @@ class BlockOptimizer(torch.optim.Optimizer):
                 shares[index].setdefault(number, _Share(number, [])).params.append(parameter)
         return [list(groups.values()) for groups in shares]
 
+    def forget_step(self) -> None:
+        """Begin anew where an error has ended the last step, with some blocks stepped and others not."""
+        self._stepped = [False] * len(self._blocks)
+
     def step_block(self, block: Block) -> None:
         """Step the parameters of `block` with the gradients that they have, then free these gradients."""
         if self.scaler is None:
@@ -109,7 +113,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             for block in reversed(self._blocks):
                 if not self._stepped[block.index]:
                     take_block(block)
-        self._stepped = [False] * len(self._blocks)
+        self.forget_step()
         for share in itertools.chain.from_iterable(self._shares):
             self.inner.param_groups[share.group].update(
                 share.own or {}

@@ -56,6 +56,7 @@ class BlockSteps:
     def _start_block_steps(self) -> None:
         engine, optimizer, scaler = self._engine, self._block_optimizer, self.accelerator.scaler
         clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
+        optimizer.forget_step()
         optimizer.scaler = scaler if clips else None
         if optimizer.scaler is not None and not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
             raise ValueError(cannot_skip(type(optimizer.inner).__name__))
