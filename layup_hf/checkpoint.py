@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
@@ -16,13 +17,15 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 UNFINISHED = "_unfinished"
 """Folder in the output directory where a checkpoint is written. No upload takes what begins with an underscore."""
+
+_REPLACED = "replaced"
 
 POSITION = "layup_hf"
 """Where the position in the data is among the callbacks' states in `trainer_state.json`."""
@@ -36,6 +39,7 @@ class Resumed:
         folder: The checkpoint.
         global_step: Its step.
         epoch: Epochs that all workers together had trained, with the fraction of the last one.
+        max_steps: The step that training was to end with.
         workers: How many workers there were.
         position: Where they were in the data, from `_keep_position`; None for a checkpoint of one process.
     """
@@ -43,6 +47,7 @@ class Resumed:
     folder: Path
     global_step: int
     epoch: float
+    max_steps: int
     workers: int
     position: dict[str, Any] | None
 
@@ -56,7 +61,7 @@ class Resumed:
             state = TrainerState.load_from_json(str(file))
         position = state.stateful_callbacks.get(POSITION)
         workers = (position or {}).get("workers") or max(1, len(list(Path(folder).glob("rng_state_*.pth"))))
-        return cls(Path(folder), state.global_step, state.epoch or 0.0, workers, position)
+        return cls(Path(folder), state.global_step, state.epoch or 0.0, state.max_steps, workers, position)
 
     def optimizer_file(self, rank: int) -> Path | None:
         """The optimizer state for this rank, of the workers in turn if they were fewer; None where it is rank 0's."""
@@ -79,15 +84,15 @@ class Checkpoints:
         return self._aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        output_dir, name = super()._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(output_dir)
         with self._writing_aside(folder):
             super()._save_checkpoint(model, trial)
         self._gather(None)  # all have written
-        is_best = self.state.best_model_checkpoint == str(folder / UNFINISHED / name)
-        if is_best:
-            self.state.best_model_checkpoint = str(folder / name)
+        best, written = self._best_of(output_dir), self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = best
         if self.args.should_save:
-            if is_best:
+            if best != written:
                 self.state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
             _publish(folder, name)
         if self._is_to_be_pushed:
@@ -95,6 +100,15 @@ class Checkpoints:
         if self.args.should_save and (self.args.save_total_limit or 0) > 0:
             _rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
+
+    def _best_of(self, output_dir: str) -> str | None:
+        """The best checkpoint, under the name that the Trainer gives it; it looks where this one is being written."""
+        step = self.state.best_global_step
+        if not step or self.args.save_strategy == SaveStrategy.NO:
+            return self.state.best_model_checkpoint
+        best = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        is_there = step == self.state.global_step or os.path.exists(best)
+        return best if is_there else self.state.best_model_checkpoint
 
     @contextlib.contextmanager
     def _writing_aside(self, folder: Path) -> Iterator[None]:
@@ -114,16 +128,21 @@ class Checkpoints:
             self._is_to_be_pushed = True  # when it is complete, under its own name
 
     def _resume(self, checkpoint: str | None, trial: Any) -> None:
-        """Find out what training goes on from, and remove what a killed run has left. Before all workers meet."""
+        """Find out what training goes on from, and clear away what a killed run has left. Before all workers meet."""
         self._resumed = Resumed.read(checkpoint)
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial), UNFINISHED), ignore_errors=True)
+            folder = Path(self._get_output_dir(trial))
+            for replaced in (folder / UNFINISHED).glob(f"{_REPLACED}-*"):
+                place = folder / replaced.name.split("-", 2)[2]
+                if not place.exists():  # killed before what was to replace it had its name
+                    replaced.rename(place)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
             folder, best = Path(self._get_output_dir(trial)), Path(self.state.best_model_checkpoint).resolve()
             others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
-            _remove(folder, others)  # as the Trainer would, one file after the other
+            _remove(folder, others if best.is_dir() else [])  # as the Trainer would, one file after the other
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -196,9 +215,9 @@ def _publish(folder: Path, name: str) -> None:
     """Give a complete checkpoint its name. What had it goes only then."""
     aside, place = folder / UNFINISHED, folder / name
     if place.exists():
-        place.rename(aside / "replaced")
+        place.rename(aside / f"{_REPLACED}-{uuid.uuid4().hex}-{name}")
     (aside / name).rename(place)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _rotate(folder: Path, limit: int, best: str | None) -> None:
@@ -210,11 +229,15 @@ def _rotate(folder: Path, limit: int, best: str | None) -> None:
 
 
 def _remove(folder: Path, checkpoints: Sequence[str]) -> None:
-    """Remove checkpoints, each at once: what is left of one after a kill no longer has its name."""
+    """Remove checkpoints, each at once: what is left of one after a kill no longer has its name.
+
+    As in the Trainer, what cannot be removed stays, and ends no training.
+    """
     for checkpoint in checkpoints:
         (folder / UNFINISHED).mkdir(exist_ok=True)
-        Path(checkpoint).rename(folder / UNFINISHED / "removed")
-        shutil.rmtree(folder / UNFINISHED)
+        with contextlib.suppress(OSError):
+            Path(checkpoint).rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def _optimizer_name(rank: int) -> str:

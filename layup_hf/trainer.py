@@ -112,6 +112,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
 
     def _start_gossip(self) -> None:
         self._agreed_at = 0
+        self._masses = (1.0,) * self.args.world_size
         rank, world_size = self.args.process_index, self.args.world_size
         run = gather_object([uuid.uuid4().hex])[0]
         store = connect_store(run) if world_size > 1 else HashStore()
@@ -142,20 +143,18 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
     # ---- Training ----
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._resume(kwargs.get("resume_from_checkpoint"), kwargs.get("trial"))
         if self._minds_preemption:
             self._preemption.install()
-        self._resume(kwargs.get("resume_from_checkpoint"), kwargs.get("trial"))
         try:
             output = super()._inner_training_loop(batch_size, *args, **kwargs)
         except BatchTooLarge:
             raise
         except BaseException as error:
-            self._tell_others(error)
-            if self.args.world_size > 1 and self.args.auto_find_batch_size and should_reduce_batch_size(error):
-                raise WorkerFailure(
-                    f"Rank {self.args.process_index} ran out of memory outside of a training step. Lower "
-                    "`per_device_eval_batch_size`: `auto_find_batch_size` lowers that of training alone."
-                ) from error
+            reason = self._reason_of(error)
+            self._tell_others(reason)
+            if reason is not error:
+                raise reason from error
             raise
         finally:
             self._stop_gossip()
@@ -164,11 +163,25 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
+    def _reason_of(self, error: BaseException) -> BaseException:
+        """What to end with: another worker's failure, where this error comes from that, or what says what to do."""
+        if self._clock is None or not isinstance(error, RuntimeError) or isinstance(error, WorkerFailure):
+            return error
+        with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            if (failure := self._clock.failure()) is not None:
+                return WorkerFailure(failure)
+        if self.args.world_size > 1 and self.args.auto_find_batch_size and should_reduce_batch_size(error):
+            return RuntimeError(
+                f"Rank {self.args.process_index} ran out of memory outside of a training step. Lower "
+                "`per_device_eval_batch_size`: `auto_find_batch_size` lowers that of training alone."
+            )
+        return error
+
     def _tell_others(self, error: BaseException) -> None:
         """Leave the reason of this worker's failure with the clock, where the others find it at their next step."""
         if self._clock is not None and not isinstance(error, WorkerFailure):
             message = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            with contextlib.suppress(RuntimeError):
                 self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
 
     def _track_num_input_tokens(self, inputs: Any) -> None:

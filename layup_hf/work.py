@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,9 @@ class WorkSharing:
     @property
     def _goes_by_clock(self) -> bool:
         """With several workers; and for one that goes on where several were, as only then it knows what is left."""
-        return self.args.world_size > 1 or (self._resumed is not None and self._resumed.position is not None)
+        resumed = self._resumed
+        was_alone = resumed is None or (resumed.workers == 1 and resumed.position is None)
+        return self.args.world_size > 1 or not was_alone
 
     @property
     def _shares_batches(self) -> bool:
@@ -116,11 +119,31 @@ class WorkSharing:
                 epochs = math.ceil(max_steps / steps_per_epoch)
             else:
                 max_steps = math.ceil(args.num_train_epochs * self._updates_per_epoch / workers)
-        resumed = self._resumed
-        if resumed is not None and resumed.workers != workers and args.max_steps <= 0:
-            left = (args.num_train_epochs - resumed.epoch) * self._updates_per_epoch
-            max_steps = resumed.global_step + max(0, math.ceil(left / workers))
+        if self._goes_by_clock and self._resumed is not None:
+            self._ends_with_data = self._ends_with_data and not args.ignore_data_skip
+            if args.max_steps > 0:  # which may be in a later epoch than with as many workers from the beginning
+                epochs = max(epochs, int(self._resumed.epoch) + 1)
+            else:
+                max_steps = self._end_of_data(max_steps)
         return epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps
+
+    def _end_of_data(self, planned: int) -> int:
+        """The step at which a resumed run has used all epochs: as planned, unless earlier steps were of another size.
+
+        They were if there were other workers or batches, in this checkpoint or in one before it.
+        """
+        resumed, workers = self._resumed, self.args.world_size
+        left = (self.args.num_train_epochs - resumed.epoch) * self._updates_per_epoch
+        end = resumed.global_step + max(0, math.ceil(round(left / workers, 6)))
+        if resumed.workers == workers:
+            if planned > resumed.global_step and abs(end - planned) <= 1:
+                return planned  # but for rounding
+            if end > resumed.global_step and self.is_world_process_zero():
+                logger.warning(
+                    f"Training ends at step {end}, not {planned}, as that is when the data of all epochs have been "
+                    "used: earlier steps were of another size (batches, accumulation, workers or data)."
+                )
+        return end
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: float, num_train_epochs: int, *args: Any
@@ -131,9 +154,14 @@ class WorkSharing:
         resumed, position = self._resumed, self.state.stateful_callbacks.pop(POSITION, None)
         if not self._goes_by_clock or resumed is None:
             return epochs_trained, skip
+        if resumed.global_step >= max_steps:
+            return num_train_epochs, 0  # nothing is left to do
         # Steps tell what has been used of the epoch only if all runs had as many workers, so the epoch does.
         epochs_trained = int(resumed.epoch)
-        updates = round((resumed.epoch - epochs_trained) * self._updates_per_epoch)
+        per_epoch = self._updates_per_epoch
+        if not has_length(self._train_loader):  # the Trainer then calls `max_steps` an epoch
+            per_epoch = resumed.max_steps * resumed.workers
+        updates = round((resumed.epoch - epochs_trained) * per_epoch)
         if self._shared_loader is not None:
             if position is None or "drawn" not in position:  # a checkpoint of the stock Trainer, or of shards
                 samples = round(updates * self._shared_loader.mean_update)
@@ -144,7 +172,9 @@ class WorkSharing:
         skip = updates // self.args.world_size * self.args.gradient_accumulation_steps
         if len(shards) == self.args.world_size:
             epochs_trained, skip = shards[self.args.process_index]
-        return min(epochs_trained, num_train_epochs - 1), 0 if self.args.ignore_data_skip else skip
+        if epochs_trained >= num_train_epochs:  # only this worker's shard has been used: it comes along for the rest
+            epochs_trained, skip = num_train_epochs - 1, sys.maxsize
+        return epochs_trained, 0 if self.args.ignore_data_skip else skip
 
     def _share_work(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stock import BOTH
 from test_loop import all_samples, counts, seen_until, start, work
 from test_trainer import arguments, gpt2, same, text
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from layup_hf import LayupTrainer
 from layup_hf.checkpoint import UNFINISHED
@@ -93,6 +94,25 @@ def test_killed_at_any_moment_a_run_leaves_complete_checkpoints(tmp_path):
     assert resumed >= {1, 2}
 
 
+def test_killed_while_a_checkpoint_is_replaced_the_old_one_is_there_at_the_next_start(tmp_path, monkeypatch):
+    LayupTrainer(model=gpt2(), args=arguments(tmp_path, **SAVING), train_dataset=text()).train()
+    rename = Path.rename
+
+    def fail_to_publish(self, target):
+        if target == tmp_path / "checkpoint-5":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_publish)
+    with pytest.raises(KeyboardInterrupt):
+        LayupTrainer(model=gpt2(), args=arguments(tmp_path, **SAVING), train_dataset=text()).train()
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-5").exists()
+    LayupTrainer(model=gpt2(), args=arguments(tmp_path), train_dataset=text()).train()
+    assert_complete(tmp_path / "checkpoint-5")
+    assert not (tmp_path / UNFINISHED).exists()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     options = {
         **SAVING,
@@ -149,6 +169,79 @@ def test_the_best_checkpoint_has_its_own_name(tmp_path):
         runs.append((model, best.name, [path.name for path in checkpoints(folder)]))
     assert same(runs[0][0], runs[1][0])
     assert runs[0][1:] == runs[1][1:]
+
+
+def with_the_best_at_step_2(cls):
+    class Judged(cls):
+        def evaluate(self, *args, **kwargs):
+            return {**super().evaluate(*args, **kwargs), "eval_loss": abs(self.state.global_step - 2.0)}
+
+    return Judged
+
+
+def test_the_best_checkpoint_is_kept_when_the_folder_has_been_moved(tmp_path):
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    for cls, kind in BOTH:
+        before, folder = tmp_path / "before", tmp_path / cls.__name__
+        for place, steps in ((before, 3), (folder, 5)):
+            args = arguments(place, kind, **{**options, "max_steps": steps})
+            judged = with_the_best_at_step_2(cls)
+            trainer = judged(model=gpt2(), args=args, train_dataset=text(), eval_dataset=text(8))
+            trainer.train(resume_from_checkpoint=place == folder)
+            if place == before:
+                before.rename(folder)
+        assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-2")
+        assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
+        state = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize("folder", ["plain", "./dotted", "slashed/", "a/../up"])
+def test_the_best_checkpoint_is_spelled_as_the_trainer_does(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    bests = []
+    for cls, kind in BOTH:
+        args = arguments(folder, kind, **options)
+        args.output_dir = folder
+        judged = with_the_best_at_step_2(cls)
+        trainer = judged(model=gpt2(), args=args, train_dataset=text(), eval_dataset=text(8))
+        trainer.train()
+        bests.append(trainer.state.best_model_checkpoint)
+        assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
+        shutil.rmtree(folder)
+    assert bests[0] == bests[1]
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch):
+    remove_folder = os.rmdir
+
+    def fail(path, **options):
+        if str(path).endswith("checkpoint-1") or "_unfinished" in str(path):
+            raise OSError("made on purpose")
+        remove_folder(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", fail)
+    for cls, kind in BOTH:
+        args = arguments(tmp_path / cls.__name__, kind, **SAVING)
+        assert cls(model=gpt2(), args=args, train_dataset=text()).train().global_step == 5
+
+
+def test_the_best_checkpoint_gone_takes_no_other_with_it(tmp_path):
+    class Gone(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                shutil.rmtree(state.best_model_checkpoint)
+
+    options = {**SAVING, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
+    for cls, kind in BOTH:
+        args = arguments(tmp_path / cls.__name__, kind, **options, metric_for_best_model="loss")
+        judged = with_the_best_at_step_2(cls)
+        trainer = judged(model=gpt2(), args=args, train_dataset=text(), eval_dataset=text(8), callbacks=[Gone()])
+        with pytest.raises(FileNotFoundError):
+            trainer.train()
+        assert [path.name for path in checkpoints(tmp_path / cls.__name__)] == ["checkpoint-5"]
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoints_before(tmp_path):

@@ -340,13 +340,25 @@ def test_sigterm_without_a_save_strategy_saves_nothing_and_says_so(tmp_path):
     assert not list(Path(tmp_path, "out").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("fault", ["1/error", "0/memory"])
+FAULTS = {
+    "1/error": (["--save_strategy=no"], "ArithmeticError: made on purpose"),
+    "0/memory": (["--save_strategy=no"], "OutOfMemoryError: made on purpose"),
+    "1/evaluation": (["--save_strategy=no", "--eval_strategy=epoch"], "ArithmeticError: made on purpose"),
+    "1/save": (
+        ["--save_strategy=epoch", "--auto_find_batch_size=True"],
+        "RuntimeError: Rank 1 ran out of memory outside of a training step.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_worker_that_fails_tells_the_others_why(fault, tmp_path):
-    started = start(tmp_path, "--max_steps=5000", "--save_strategy=no", f"--raise_on={fault}")
+    options, error = FAULTS[fault]
+    started = start(tmp_path, "--max_steps=5000", f"--raise_on={fault}", *options)
     assert started.wait(60) != 0
     started.assert_nothing_left()
-    rank, error = (1, "ArithmeticError") if fault == "1/error" else (0, "OutOfMemoryError")
-    assert f"WorkerFailure: Training ends, as rank {rank} failed: {error}: made on purpose" in started.output
+    assert f"WorkerFailure: Training ends, as rank {fault[0]} failed: {error}" in started.output
+    assert f"Rank {1 - int(fault[0])} ran out of memory" not in started.output
 
 
 def test_a_killed_worker_ends_the_run_with_a_message(tmp_path):

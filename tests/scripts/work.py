@@ -40,7 +40,7 @@ class WorkConfig(LayupConfig):
     memory_for: int = 0
     """Samples of a batch that rank 1 has memory for; it runs out in its third step."""
     raise_on: str = ""
-    """Rank that fails after its 5th step, and how: `1/memory` or `0/error`."""
+    """Rank that fails after its 5th step, and how: `1/memory` or `0/error`; or `1/evaluation` or `1/save`, in these."""
 
 
 def number(index):
@@ -83,7 +83,14 @@ class NumberedTrainer(LayupTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs.pop("index")
+        if self.args.raise_on == f"{self.args.process_index}/evaluation":
+            raise ArithmeticError("made on purpose")
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        if self.args.raise_on == f"{self.args.process_index}/save":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        super()._save_rng_state(output_dir)
 
 
 class Observer(TrainerCallback):
@@ -99,9 +106,9 @@ class Observer(TrainerCallback):
         if len(times) == 3:
             print(f"rank {self.rank} is under way", flush=True)
         time.sleep(config.pace + (config.slow if self.rank == 1 else 0))
-        if len(times) == 6 and config.raise_on.startswith(f"{self.rank}/"):
-            kind = {"memory": torch.OutOfMemoryError, "error": ArithmeticError}[config.raise_on.partition("/")[2]]
-            raise kind("made on purpose")
+        rank, _, kind = config.raise_on.partition("/")
+        if len(times) == 6 and rank == str(self.rank) and kind in ("memory", "error"):
+            raise {"memory": torch.OutOfMemoryError, "error": ArithmeticError}[kind]("made on purpose")
 
     def on_step_end(self, args, state, control, **kwargs):
         result, wish = self.result, self.config.wish
