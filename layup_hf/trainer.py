@@ -10,12 +10,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object, reduce
+from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
 from torch.distributed import HashStore
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
@@ -29,6 +26,7 @@ from .config import check_data, check_model, check_options, check_runtime
 from .consensus import reach_consensus
 from .gossip import GossipEngine
 from .hub import HubPushes
+from .logs import Logs
 from .loop import ClockedLoop
 from .meetings import BatchTooLarge
 from .preemption import PreemptionCallback
@@ -41,7 +39,7 @@ from .work import WorkSharing
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
+class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedLoop):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -184,46 +182,6 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
             with contextlib.suppress(RuntimeError):
                 self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self._clock is None:
-            return super()._track_num_input_tokens(inputs)
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)  # of this worker alone
-        self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
-        self._sum_tokens()
-        return None
-
-    def _sum_tokens(self) -> None:
-        """Over what all workers have published until now; while they meet, exact."""
-        self.state.num_input_tokens_seen = self._initial_num_input_tokens_seen + int(self._ledger.tokens.sum())
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._clock is not None:
-            if self.control.should_log and self._steps_done > self._steps_logged:
-                start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
-                self._log_without_waiting(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
-            self._globalstep_last_logged = self.state.global_step  # so that the Trainer does not log, by a collective
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _log_without_waiting(
-        self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None
-    ) -> None:
-        """What the Trainer logs, without its gather: the loss is the mean of what each worker has published last."""
-        self._require_same_parameters()
-        total = tr_loss.item()
-        tr_loss -= tr_loss
-        self._ledger.report_loss(total / (self._steps_done - self._steps_logged))
-        self._steps_logged = self._steps_done
-        self._total_loss_scalar += total
-        logs = {
-            "loss": self._ledger.mean_loss(),
-            "grad_norm": grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm,
-            "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
-            **self._engine.figures(),
-        }
-        with self._alone():
-            self.log(logs, start_time)
-
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._reach_consensus("the end of training")
         self._ends_early = self._preemption.has_stopped
@@ -235,18 +193,6 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, WorkSharing, ClockedLoop):
             self._average_loss()
             self._stop_gossip()
         return super()._finalize_training(*args, **kwargs)
-
-    def store_flos(self) -> None:
-        """As the Trainer's, also for a worker that has made no step since the last call."""
-        self.current_flos = float(self.current_flos)  # the Trainer's 0 is an int: another size in its collective
-        super().store_flos()
-
-    def _average_loss(self) -> None:
-        """Make the Trainer's mean over its own `global_step`s the mean over the steps of all workers. Collective."""
-        mine = torch.tensor(self._total_loss_scalar, device=self.args.device) + self._tr_loss
-        steps = self.state.global_step - self._initial_global_step
-        self._total_loss_scalar = reduce(mine, "sum").item() * steps / max(1, self._steps_of_all)
-        self._tr_loss = torch.zeros_like(self._tr_loss)
 
     # ---- Consensus points ----
 

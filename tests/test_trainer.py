@@ -154,14 +154,15 @@ def test_refusals_come_at_construction(tmp_path):
 def test_a_step_that_memory_ran_out_in_leaves_no_block_out_of_the_next(tmp_path):
     """The first step of an optimizer is where its state is made."""
     model, stepped = gpt2(), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
-    def step(optimizer, *args):
-        stepped.append(sum(len(group["params"]) for group in optimizer.param_groups))
-        if len(stepped) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+    class Scarce(torch.optim.SGD):
+        def step(self, closure=None):
+            stepped.append(sum(len(group["params"]) for group in self.param_groups))
+            if len(stepped) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().step(closure)
 
-    optimizer.register_step_pre_hook(step)
+    optimizer = Scarce(model.parameters(), lr=1e-2)
     args = arguments(tmp_path, clip="exact", max_steps=1, auto_find_batch_size=True)
     LayupTrainer(model=model, args=args, train_dataset=text(), optimizers=(optimizer, None)).train()
     assert sum(stepped[2:]) == len(list(model.parameters()))
