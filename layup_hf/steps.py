@@ -62,9 +62,9 @@ class BlockSteps:
                 "A hook of `register_step_pre_hook` and `clip='estimate'` exclude each other: blocks step in backward, "
                 "so there is no whole gradient to be seen before the step. Set `clip='exact'`."
             )
-        if optimizer.scaler is not None and not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
-            raise ValueError(cannot_skip(type(optimizer.inner).__name__))
         if optimizer.scaler is not None:
+            if not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
+                raise ValueError(cannot_skip(type(optimizer.inner).__name__))
             scaler.scale(torch.zeros((), device=self.args.device))  # gives it a scale
             scaler.update(scaler.get_scale())  # and lets it forget a step that memory ran out in
         self._clipper = clipper = BlockClipper(

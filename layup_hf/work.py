@@ -66,7 +66,7 @@ class WorkSharing:
         if not self._shares_batches:
             with _nothing_dispatched(self.accelerator):
                 return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        with passing_through(self.accelerator, "prepare"):  # the Trainer's own loader, without accelerate's shards
+        with _nothing_prepared(self.accelerator):
             loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         rank, world_size = self.args.process_index, self.args.world_size
         accumulation = self.args.gradient_accumulation_steps
@@ -199,13 +199,13 @@ class WorkSharing:
 
 
 @contextlib.contextmanager
-def passing_through(accelerator: Accelerator, method: str) -> Iterator[None]:
-    """Let this method of `accelerator` give back what it gets."""
-    setattr(accelerator, method, lambda value: value)
+def _nothing_prepared(accelerator: Accelerator) -> Iterator[None]:
+    """Let `accelerator.prepare` give back what it gets: the Trainer's own loader without accelerate's shards."""
+    accelerator.prepare = lambda loader: loader
     try:
         yield
     finally:
-        delattr(accelerator, method)
+        del accelerator.prepare
 
 
 @contextlib.contextmanager

@@ -43,16 +43,23 @@ def launch(script: str, processes: int, arguments: list[str]) -> None:
         raise RuntimeError(f"{script} failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-8000:]}")
 
 
+def measure(script: str, processes: int, arguments: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Run `script`, and take from `folder` what its workers have written there, in the order of ranks."""
+    launch(script, processes, arguments)
+    files = sorted(folder.glob("worker-*.json"))
+    results = [result for file in files for result in json.loads(file.read_text())]
+    for file in files:
+        file.unlink()
+    return results
+
+
 def run_workers(options: argparse.Namespace, methods: str, rounds: int, *more: str) -> list[dict[str, Any]]:
     """What every worker measured, one dict per worker, round and method."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--methods={methods}", f"--rounds={rounds}", f"--steps={options.steps}", f"--folder={folder}"]
         arguments += [f"--batch_size={options.batch_size}", f"--block_size={options.block_size}"]
         arguments += [f"--config_overrides={options.config_overrides}", *(["--bf16"] if options.bf16 else []), *more]
-        launch("bench_worker.py", options.processes, arguments)
-        return [
-            result for file in sorted(Path(folder).glob("worker-*.json")) for result in json.loads(file.read_text())
-        ]
+        return measure("bench_worker.py", options.processes, arguments, Path(folder))
 
 
 def by_round(results: list[dict[str, Any]], method: str, key: str, combine: Any = sum) -> list[float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import launch
+from bench import measure
 
 CASES = {"exact": "exact", "nudged": "exact, limit 0.1 % higher", "estimate": "estimate", "none": "no clipping"}
 SPIKE, SPIKE_STEPS, SPIKE_FACTOR = 0.5, 3, 100.0  # where in the run, for how many steps, and what multiplies the loss
@@ -28,7 +28,7 @@ SMOOTH = 10  # steps that a point of a curve is the mean of
 
 
 def work(options: argparse.Namespace) -> None:
-    """One worker: all cases for all seeds, into `FOLDER/worker-RANK.json`."""
+    """One worker: all cases for all seeds; rank 0 writes them into `FOLDER/worker-0.json`."""
     from accelerate import PartialState
     from bench_worker import load_blocks
     from model import make_config, make_model
@@ -113,7 +113,8 @@ def work(options: argparse.Namespace) -> None:
         for case in CASES
         if case != "none" or max_norm == options.max_norms[0]
     ]
-    Path(options.folder, f"worker-{state.process_index}.json").write_text(json.dumps(results))
+    if state.is_main_process:
+        Path(options.folder, "worker-0.json").write_text(json.dumps(results))
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -233,11 +234,8 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what == "run":
-        launch("clipping.py", options.processes, [*sys.argv[1:], "--worker"])
-        results = json.loads((options.folder / "worker-0.json").read_text())
+        results = measure("clipping.py", options.processes, [*sys.argv[1:], "--worker"], options.folder)
         (options.folder / f"clipping-{options.processes}.json").write_text(json.dumps(results) + "\n")
-        for file in options.folder.glob("worker-*.json"):
-            file.unlink()
     show(options)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NAMES, launch
+from bench import NAMES, measure
 
 SLOWER = 5  # times, in the case `one`
 
@@ -277,11 +277,7 @@ def main() -> None:
     arguments = [options.what, "--worker", f"--folder={options.folder}", "--seeds", *map(str, options.seeds)]
     for name in ("steps", "batch_size", "block_size", "learning_rate", "config_overrides"):
         arguments.append(f"--{name}={getattr(options, name)}")
-    launch("stragglers.py", options.processes, arguments)
-    files = sorted(options.folder.glob("worker-*.json"))
-    results = [result for file in files for result in json.loads(file.read_text())]
-    for file in files:
-        file.unlink()
+    results = measure("stragglers.py", options.processes, arguments, options.folder)
     (options.folder / f"stragglers-{options.what}-{options.processes}.json").write_text(json.dumps(results) + "\n")
     show(options.folder)
 

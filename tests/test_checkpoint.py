@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stock import BOTH
+from stock import BOTH, arguments, gpt2, same, text
 from test_loop import all_samples, counts, seen_until, start, work
-from test_trainer import arguments, gpt2, same, text
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from layup_hf import LayupTrainer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import arguments, same
+from stock import arguments, same
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 

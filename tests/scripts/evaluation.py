@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from accelerate.utils import gather_object
 from evaluations import EVALUATIONS, EVEN, ODD, accuracy, results
 from stock import gpt2
 from transformers import EarlyStoppingCallback, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
+from worker import same_everywhere, write_result
 
 from layup_hf import LayupConfig, LayupTrainer
 
@@ -25,10 +25,6 @@ result = {}
 
 def values(model):
     return torch.cat([tensor.flatten().double() for tensor in model.state_dict().values()])
-
-
-def same_everywhere(tensor):
-    return all(torch.equal(other, tensor) for other in gather_object([tensor]))
 
 
 class SlowlySaving(LayupTrainer):
@@ -100,5 +96,5 @@ for name, evaluation in EVALUATIONS.items():
         torch.save(ours, folder / f"{name}.pt")
 if rank == 0:
     model.save_pretrained(folder / "model")
-(folder / f"result-{rank}.json").write_text(json.dumps(result))
+write_result(rank, result)
 config.distributed_state.destroy_process_group()

@@ -4,10 +4,7 @@ python family.py FOLDER CASE...
 """
 
 import copy
-import json
-import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +39,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
+from worker import collectives, count_collectives, same_everywhere, write_result
 
 from layup_hf import LayupConfig, LayupMixin, LayupOptions, LayupTrainer
 
@@ -51,18 +49,6 @@ COMMON = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_
 COMMON |= {"max_steps": 12, "per_device_train_batch_size": 2, "save_strategy": "no"}
 SLOW = {"straggler": "rank=1,compute=0.4"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 6}
-collectives = Counter()
-
-
-def count_collectives():
-    for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
-        original = getattr(torch.distributed, name)
-
-        def counted(*args, _name=name, _original=original, **kwargs):
-            collectives[_name] += 1
-            return _original(*args, **kwargs)
-
-        setattr(torch.distributed, name, counted)
 
 
 class Observed:
@@ -84,11 +70,6 @@ def observed(trainer_class):
     return type(trainer_class.__name__, (Observed, trainer_class), {})
 
 
-def same_everywhere(tensors):
-    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-    return all(torch.equal(other, flat) for other in gather_object([flat]))
-
-
 def train(trainer, resume=None):
     """Train, and tell what is worth knowing whatever the trainer."""
     trainer.train(resume_from_checkpoint=resume)
@@ -99,7 +80,7 @@ def train(trainer, resume=None):
         "global_step": trainer.state.global_step,
         "began_at": trainer._initial_global_step,
         "logs": trainer.state.log_history,
-        "same": same_everywhere(trainable),
+        "same": same_everywhere(torch.cat([tensor.detach().double().flatten() for tensor in trainable])),
         "blocks": {block.name: block.num_bytes for block in trainer._blocks},
         "trainable_bytes": sum(p.nbytes for p in trainable),
     }
@@ -333,5 +314,5 @@ def reward():
 rank = PartialState(cpu=True).process_index
 count_collectives()
 results = {name: globals()[name]() for name in sys.argv[2:]}
-Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{rank}.json").write_text(json.dumps(results))
+write_result(rank, results)
 torch.distributed.destroy_process_group()

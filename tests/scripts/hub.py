@@ -6,7 +6,6 @@ Several cases, with `--then` between their options, run one after the other in t
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx2
 import torch
 from huggingface_hub.utils import http_backoff
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
+from worker import run_cases
 
 from layup_hf import LayupConfig, LayupTrainer
 
@@ -109,13 +109,4 @@ def run_case(options):
     return result
 
 
-cases = [[]]
-for argument in sys.argv[1:]:
-    if argument == "--then":
-        cases.append([])
-    else:
-        cases[-1].append(argument)
-results = [run_case(options) for options in cases]
-Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{results[0]['rank']}.json").write_text(json.dumps(results))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+run_cases(run_case)

@@ -1,6 +1,5 @@
 """Trains with reports to TensorBoard and Trackio; notes what was logged, and every connection that Python made."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ def note_connections(event, arguments):
 sys.addaudithook(note_connections)
 
 from stock import arguments, gpt2, text  # noqa: E402 - the hook comes first
+from worker import write_result  # noqa: E402
 
 from layup_hf import LayupTrainer  # noqa: E402
 
@@ -31,5 +31,5 @@ config = arguments(
 trainer = LayupTrainer(model=gpt2(), args=config, train_dataset=text(), eval_dataset=text(6))
 trainer.train()
 result = {"logs": trainer.state.log_history, "connections": connections}
-(folder / f"result-{config.process_index}.json").write_text(json.dumps(result))
+write_result(config.process_index, result)
 trainer.end()

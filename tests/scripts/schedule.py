@@ -1,15 +1,12 @@
 """Real workers carry out a schedule, one operation at a time, over real windows. Writes every worker's final values."""
 
-import json
-import os
-from pathlib import Path
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from fleet import FirstPeers, apply_operation
 from reference import random_schedule
 from torch import nn
+from worker import write_result
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.consensus import reach_consensus
@@ -41,5 +38,5 @@ result["mass"] = consensus.mass
 result["masses_after"] = [[int(units) for units in row] for row in windows.ledger.masses()]
 state.wait_for_everyone()
 windows.close()
-Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{rank}.json").write_text(json.dumps(result))
+write_result(rank, result)
 state.destroy_process_group()

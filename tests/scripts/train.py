@@ -1,16 +1,13 @@
 """Trains a tiny GPT-2 with LayupTrainer and writes what a test wants to know."""
 
-import json
-import os
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
+from worker import collectives, count_collectives, same_everywhere, write_result
 
 import layup_hf.trainer
 from layup_hf import LayupConfig, LayupTrainer
@@ -36,10 +33,6 @@ def values(model):
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def same_everywhere(tensor):
-    return all(torch.equal(other, tensor) for other in gather_object([tensor]))
-
-
 torch.manual_seed(rank)  # different at first: training must start from rank 0's weights
 width = 48 if rank == config.other_model_on_rank else 32
 model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=width, n_layer=2, n_head=2, n_positions=32))
@@ -48,7 +41,6 @@ generator = torch.Generator().manual_seed(0)
 tokens = torch.randint(0, 64, (64, 1), generator=generator) + torch.arange(16)  # sequences that count up: easily learnt
 data = [{"input_ids": row % 64, "labels": row % 64} for row in tokens]
 result = {"rank": rank, "steps": 0, "consensus": []}
-collectives = Counter()
 
 
 class Observer(TrainerCallback):
@@ -62,17 +54,6 @@ class Observer(TrainerCallback):
         time.sleep(config.linger)
         if rank == config.raise_on_rank and result["steps"] == 5:
             raise ArithmeticError("a fault made on purpose")
-
-
-def count_collectives():
-    for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
-        original = getattr(torch.distributed, name)
-
-        def counted(*args, _name=name, _original=original, **kwargs):
-            collectives[_name] += 1
-            return _original(*args, **kwargs)
-
-        setattr(torch.distributed, name, counted)
 
 
 original_consensus = layup_hf.trainer.reach_consensus
@@ -125,5 +106,5 @@ result["logs"] = trainer.state.log_history
 if rank == 0:
     result["saved_is_model"] = torch.equal(values(GPT2LMHeadModel.from_pretrained(config.output_dir)), values(model))
 result["hooks_left"] = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
-Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{rank}.json").write_text(json.dumps(result))
+write_result(rank, result)
 trainer.end()

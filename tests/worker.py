@@ -1,0 +1,50 @@
+"""What scripts that tests launch have in common: cases one after the other, results, and a count of collectives."""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+collectives: Counter[str] = Counter()
+"""Calls by name since the last `clear()`, once `count_collectives()` has been called."""
+
+
+def count_collectives() -> None:
+    for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
+        original = getattr(torch.distributed, name)
+
+        def counted(*args, _name=name, _original=original, **kwargs):
+            collectives[_name] += 1
+            return _original(*args, **kwargs)
+
+        setattr(torch.distributed, name, counted)
+
+
+def same_everywhere(tensor: torch.Tensor) -> bool:
+    """Whether all workers have the same. Collective."""
+    return all(torch.equal(other, tensor) for other in gather_object([tensor]))
+
+
+def write_result(rank: int, result: Any) -> None:
+    """Where `Run.results()` finds it."""
+    Path(os.environ["LAYUP_TEST_RESULTS"], f"result-{rank}.json").write_text(json.dumps(result))
+
+
+def run_cases(run_case: Callable[[list[str]], dict[str, Any]]) -> None:
+    """Run the cases of the command line, with `--then` between their options, and end as a worker should."""
+    cases: list[list[str]] = [[]]
+    for argument in sys.argv[1:]:
+        if argument == "--then":
+            cases.append([])
+        else:
+            cases[-1].append(argument)
+    results = [run_case(options) for options in cases]
+    write_result(results[0]["rank"], results)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
