@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,37 @@ class LayupOptions:
     )
     windows: str = field(
         default="auto",
-        metadata={"help": "How peers read each other's blocks: `auto` or `shared` (workers of one host)."},
+        metadata={
+            "help": "How peers read each other's blocks: `shared` (workers of one host), `nixl` (over a network), or "
+            "`auto`: shared for peers on the same host, NIXL for the others."
+        },
+    )
+    wire_dtype: str = field(
+        default="fp32",
+        metadata={
+            "help": "What a block is sent as over a network: `fp32`, as it is, or `bf16`: half the bytes of a block "
+            "in fp32, rounded."
+        },
+    )
+    offer_every: int = field(
+        default=1,
+        metadata={"help": "A worker offers a block after every so many of its own steps."},
+    )
+    lease_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "A worker that gives no sign of life for so long is done without, until it comes back. Unset: 15 "
+            "where workers are started by several launches; no lease under a single one, which ends all workers when "
+            "one ends."
+        },
+    )
+    network_interface: str | None = field(
+        default=None,
+        metadata={"help": "The one network interface to use, such as `eth0`. Unset: the one that leads to rank 0."},
+    )
+    join: str | None = field(
+        default=None,
+        metadata={"help": "Join a running job as one more worker: HOST:PORT of its store, as its log says."},
     )
     shared_batches: bool = field(
         default=True,
@@ -83,8 +115,27 @@ def check_options(args: Any) -> None:
     if getattr(args, "straggler", None):
         StragglerConfig.parse(args.straggler)
     windows = getattr(args, "windows", "auto")
-    if windows not in ("auto", "shared"):
-        raise ValueError(f"windows={windows!r} is unknown: use 'auto' or 'shared'.")
+    if windows not in ("auto", "shared", "nixl"):
+        raise ValueError(f"windows={windows!r} is unknown: use 'auto', 'shared' or 'nixl'.")
+    if windows == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise ValueError("windows='nixl' needs the package nixl: pip install 'layup_hf[nixl]'.")
+    wire_dtype = getattr(args, "wire_dtype", "fp32")
+    if wire_dtype not in ("fp32", "bf16"):
+        raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32' or 'bf16'.")
+    if wire_dtype != "fp32" and windows == "shared":
+        raise ValueError(
+            f"`wire_dtype={wire_dtype!r}` and `windows='shared'` exclude each other: shared memory is read in place. "
+            "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'."
+        )
+    if getattr(args, "offer_every", 1) < 1:
+        raise ValueError(
+            f"offer_every={args.offer_every}: a block must be offered at least now and then. Use 1 or more."
+        )
+    lease = getattr(args, "lease_seconds", None)
+    if lease is not None and not 1 <= lease < math.inf:
+        raise ValueError(
+            f"lease_seconds={lease}: a lease is renewed several times before it runs out. Use at least 1 second."
+        )
     clip = getattr(args, "clip", "estimate")
     if clip not in ("estimate", "exact"):
         raise ValueError(f"clip={clip!r} is unknown: use 'estimate' or 'exact'.")

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..ledger import Ledger
 
+Gather = Callable[[Any], list[Any]]
+"""Collects one object from every worker, in the order of ranks. Collective."""
+
 
 class PeerWindows(Protocol):
-    """What a worker can see of its peers."""
+    """What a worker can see of its peers.
+
+    All methods are called by the training thread, and none waits for a peer.
+    """
 
     @property
     def ledger(self) -> Ledger:
         """Offers, masses and step counts of all workers."""
 
     def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
-        """The peer's block as it is now, tensors like `Block.tensors` on this worker's device; None: ask again later.
+        """The peer's block, tensors like `Block.tensors` on this worker's device; None: not available now, ask later.
 
-        The tensors may be the peer's own memory, which it goes on changing: read them once, at once.
+        The tensors may be the peer's own memory, which it goes on changing, or a copy that has come in the background.
+        Use them once, at once, and then call `release`.
         """
+
+    def release(self, peer: int, block: int) -> None:
+        """Say that what `read` gave has been used (on CUDA: is used by what has been queued on the current stream)."""
+
+    def arrived(self) -> Sequence[int]:
+        """Blocks that have come in the background and are to be merged when they can be."""
+
+    def exclude(self, peer: int) -> None:
+        """Read the peer no more, and refuse what it still sends: its lease has run out. Idempotent."""
+
+    def figures(self) -> dict[str, float]:
+        """What the logs say about the exchange, since the last call."""
 
     def close(self) -> None:
         """Let go of the peers' memory. Idempotent, never waits for a peer; nothing may be read afterwards."""
