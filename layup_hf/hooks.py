@@ -91,6 +91,10 @@ class BlockHooks:
         self._missing[:] = self._expected
         self._arrived.clear()
 
+    def is_free(self, index: int) -> bool:
+        """Whether the block may be written now: it has stepped, and its next forward has not begun."""
+        return not self._in_use[index]
+
     def _gradient_hook(self, block: Block, number: int) -> Callable[[Tensor], None]:
         index, key = block.index, (block.index, number)
         missing, arrived, is_synchronizing = self._missing, self._arrived, self._is_synchronizing

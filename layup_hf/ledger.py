@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from .mixing import MODULUS, UNIT
+
+REPORT = np.dtype(
+    [("block", "<u4"), ("offered", "<u8"), ("taken", "<u8"), ("mass", "<u8"), ("steps", "<u8"), ("stamp", "<u8")]
+)
+"""What a worker reports of one block to a peer on another host; see `Ledger.report_to`."""
 
 
 class Account(NamedTuple):
@@ -18,12 +24,14 @@ class Account(NamedTuple):
         offered: What it has offered to each worker since the start.
         taken: What it has taken from each worker since the start.
         lost: What excluded workers took from it, less what it took from them; modulo 2**64.
+        settled: How often it has settled.
     """
 
     own: np.ndarray
     offered: np.ndarray
     taken: np.ndarray
     lost: np.ndarray
+    settled: int
 
 
 def effective_masses(accounts: Mapping[int, Account]) -> np.ndarray:
@@ -50,18 +58,26 @@ class Ledger:
     `offered` and `taken` are cumulative: the sender adds to the first, the receiver to the second, and what is between
     them is still to be taken. Both may wrap around.
 
+    Workers on other hosts do not see this memory. What they report about themselves is written here for them, by every
+    worker of this host: what concerns the pair of the two by this worker alone, so that an entry still has one
+    writer; the rest (masses, steps) by all alike.
+
     Args:
         memory: uint64 words of shape (size(num_blocks, world_size),), shared with the peers, zero at first.
         num_blocks: Number of blocks of the model.
         world_size: Number of workers.
         rank: This worker; it writes only its own entries.
+        remote: Workers that do not share the memory.
 
     Attributes:
+        settled: How often this worker has settled, which happens at consensus points.
         done: Optimizer steps that each worker has made, uint64 of shape (workers,). A worker writes its own entry.
         tokens: Input tokens that each worker has seen, likewise.
     """
 
-    def __init__(self, memory: np.ndarray, num_blocks: int, world_size: int, rank: int) -> None:
+    def __init__(
+        self, memory: np.ndarray, num_blocks: int, world_size: int, rank: int, remote: Iterable[int] = ()
+    ) -> None:
         if memory.dtype != np.uint64 or memory.shape != (self.size(num_blocks, world_size),):
             raise ValueError(f"A ledger of {num_blocks} blocks and {world_size} workers does not fit {memory.shape}.")
         self.rank = rank
@@ -78,8 +94,15 @@ class Ledger:
         self.tokens = tokens
         self._present = np.ones(world_size, dtype=np.uint64)  # 0 for a peer that has been excluded
         self._lost = np.zeros(num_blocks, dtype=np.uint64)  # mass that excluded peers took from this worker, net
+        self.settled = 0
+        self._remote = np.zeros(world_size, dtype=bool)
+        self._remote[list(remote)] = True
+        self._reports = threading.Lock()  # a background thread writes what peers report
+        self._total = np.uint64(world_size * UNIT)
         self._own[:, rank] = UNIT
+        self._own[:, self._remote] = UNIT
         self._losses[rank] = np.nan
+        self._losses[self._remote] = np.nan
 
     @staticmethod
     def size(num_blocks: int, world_size: int) -> int:
@@ -121,12 +144,13 @@ class Ledger:
         What it has taken stays with it and is noted as lost, less what it gave; so mass stays accounted for to the
         unit, whatever the peer may still write.
         """
-        if not self._present[peer]:
-            return
-        self._present[peer] = 0
-        taken = self._taken[:, peer, self.rank].copy()  # as this worker knows it: the peer may write on
-        self._own[:, self.rank] += self._offered[:, peer, self.rank] - taken
-        self._lost += taken - self._taken[:, self.rank, peer]
+        with self._reports:
+            if not self._present[peer]:
+                return
+            self._present[peer] = 0
+            taken = self._taken[:, peer, self.rank].copy()  # as this worker knows it: the peer may write on
+            self._own[:, self.rank] += self._offered[:, peer, self.rank] - taken
+            self._lost += taken - self._taken[:, self.rank, peer]
 
     def is_present(self, peer: int) -> bool:
         """Whether the peer has not been excluded."""
@@ -139,6 +163,7 @@ class Ledger:
             offered=self._offered[:, :, self.rank].copy(),
             taken=self._taken[:, self.rank, :].copy(),
             lost=self._lost.copy(),
+            settled=self.settled,
         )
 
     def count_step(self, block: int) -> None:
@@ -151,14 +176,102 @@ class Ledger:
         return max(0, int(self._steps[block].sum()) - int(self._stamps[block, peer]))
 
     def masses(self) -> np.ndarray:
-        """Effective mass (own and untaken) in units, uint64 of shape (blocks, workers). Exact while nobody writes."""
-        present = self._present[None, :, None]
-        return (self._own + ((self._offered - self._taken) * present).sum(axis=1)) * self._present
+        """Effective mass (own and untaken) in units, uint64 of shape (blocks, workers).
 
-    def settle(self) -> None:
-        """Take every pending offer without merging, and hold one `UNIT`. Part of a consensus point."""
-        self._taken[:, self.rank] = self._offered[:, self.rank]
-        self._own[:, self.rank] = UNIT
+        Exact while nobody writes; of workers on other hosts, what they reported last.
+        """
+        untaken = ((self._offered - self._taken) * self._present[None, :, None]).sum(axis=1)
+        return (self._own + np.where(self._remote, np.uint64(0), untaken)) * self._present
+
+    def settle(self, accounts: Mapping[int, Account] | None = None) -> None:
+        """Take every offer that is in the accounts without merging it, and hold one `UNIT`. Part of a consensus point.
+
+        A peer that has settled may offer again at once: that is not in its account, so it stays to be taken.
+
+        Args:
+            accounts: Of all present workers by rank, as they were gathered there; None where all share the memory.
+        """
+        me = self.rank
+        with self._reports:
+            if accounts is None:
+                self._taken[:, me] = self._offered[:, me]
+            for peer, account in (accounts or {}).items():
+                self._taken[:, me, peer] = account.offered[:, me]
+                if self._remote[peer]:  # which settles, too; what it offered last may not have been reported yet
+                    self._offered[:, me, peer] = account.offered[:, me]
+                    self._taken[:, peer, me] = self._offered[:, peer, me]
+                    self._own[:, peer] = UNIT
+            self._own[:, me] = UNIT
+            self._lost[:] = 0
+            self.settled += 1  # what peers reported before they settled is out of date
+
+    def waiting_from(self, peers: list[int]) -> np.ndarray:
+        """Units that each of `peers` has offered and this worker has not taken, uint64 of shape (blocks, peers)."""
+        return self._offered[:, self.rank, peers] - self._taken[:, self.rank, peers]
+
+    def exchanged_with(self, peers: list[int]) -> np.ndarray:
+        """What `peers` are waiting to hear: (offered to, taken from) each, uint64 of shape (2, blocks, peers)."""
+        return np.stack([self._offered[:, peers, self.rank], self._taken[:, self.rank, peers]])
+
+    def report_to(self, peer: int) -> np.ndarray:
+        """What `peer`, on another host, is told about every block: an array of `REPORT`.
+
+        `offered` to it and `taken` from it since the start; this worker's effective mass and steps, and the stamp of
+        the last step.
+        """
+        me, report = self.rank, np.empty(len(self._own), dtype=REPORT)
+        report["block"] = np.arange(len(report))
+        report["offered"] = self._offered[:, peer, me]
+        report["taken"] = self._taken[:, me, peer]
+        untaken = ((self._offered[:, :, me] - self._taken[:, :, me]) * self._present).sum(axis=1)
+        report["mass"] = self._own[:, me] + untaken
+        report["steps"] = self._steps[:, me]
+        report["stamp"] = self._stamps[:, me]
+        return report
+
+    def take_report(self, peer: int, report: np.ndarray, settled: int, done: int, tokens: int, loss: float) -> bool:
+        """Write down what `peer`, on another host, reports. Called by a background thread.
+
+        Args:
+            peer: A present worker.
+            report: Array of `REPORT`, of some or all blocks.
+            settled: How often the peer had settled. If that is not as often as this worker, nothing is written.
+            done: Optimizer steps that it has made.
+            tokens: Tokens that it has seen.
+            loss: Its latest mean training loss.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            ValueError: The report cannot be true: it names masses that do not exist. Nothing is written.
+        """
+        me, blocks = self.rank, report["block"].astype(np.int64)
+        with self._reports:
+            if settled != self.settled or not self._present[peer]:
+                return False
+            offered, taken = self._offered[blocks, me, peer], self._taken[blocks, peer, me]
+            mine = self._offered[blocks, peer, me]
+            if bool((report["taken"] - taken > mine - taken).any()):  # modulo 2**64: going back is a huge step forward
+                raise ValueError("taken mass")
+            waiting = report["offered"] - self._taken[blocks, me, peer]
+            if bool((report["offered"] - offered > self._total).any() or (waiting > self._total).any()):
+                raise ValueError("offered mass")
+            if bool((report["mass"] > self._total).any()):
+                raise ValueError("mass")
+            self._own[blocks, peer] = report["mass"]
+            self._steps[blocks, peer] = np.maximum(self._steps[blocks, peer], report["steps"])
+            self._stamps[blocks, peer] = np.maximum(self._stamps[blocks, peer], report["stamp"])
+            self._taken[blocks, peer, me] = report["taken"]
+            self._offered[blocks, me, peer] = report["offered"]
+            self.done[peer] = max(int(self.done[peer]), done)
+            self.tokens[peer] = max(int(self.tokens[peer]), tokens)
+            self._losses[peer] = loss
+            return True
+
+    def loss(self) -> float:
+        """The loss that this worker has published last; not a number before."""
+        return float(self._losses[self.rank])
 
     def report_loss(self, loss: float) -> None:
         """Publish this worker's latest mean training loss."""

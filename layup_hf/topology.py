@@ -23,7 +23,13 @@ class PeerSampler:
 
     def __init__(self, rank: int, world_size: int, peers_per_step: int | None = None, seed: int = 0) -> None:
         self.count = min(peers_per_step or AUTO_PEERS, world_size - 1)
+        self._present = world_size - 1
         self._random = random.Random(f"{seed}/{rank}")
+
+    def exclude_one(self) -> None:
+        """There is one peer less."""
+        self._present -= 1
+        self.count = min(self.count, self._present)
 
     def sample(self, eligible: Sequence[int]) -> Sequence[int]:
         """Up to `count` of the `eligible` peers; fewer where there are not as many."""

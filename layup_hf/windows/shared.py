@@ -7,10 +7,9 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..ledger import Ledger
+from . import opening
+from .base import Gather
+from .opening import Specification, require_one_model, specification, together
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-_T = TypeVar("_T")
-
-Gather = Callable[[Any], list[Any]]
-"""Collects one object from every worker, in the order of ranks. Collective."""
 
 
 @dataclass
@@ -32,7 +30,7 @@ class _Export:
     """What a worker tells its peers so that they can map its memory."""
 
     host: str
-    specification: list[tuple[str, tuple[int, ...], str, str]]
+    specification: Specification
     parameters: _Segment | None = None
     ledger: _Segment | None = None
     handles: list[bytes | None] = field(default_factory=list)
@@ -95,43 +93,58 @@ class SharedWindows:
     Make it with `SharedWindows.open`.
     """
 
-    def __init__(self, ledger: Ledger, peers: list[list[list[Tensor]]], devices: list[torch.device]) -> None:
+    def __init__(self, ledger: Ledger, peers: dict[int, list[list[Tensor]]], devices: list[torch.device]) -> None:
         self.ledger = ledger
         self._peers = peers
         self._devices = devices
 
     @classmethod
-    def open(cls, blocks: Sequence[Block], rank: int, gather: Gather) -> SharedWindows:
-        """Export this worker's blocks and map those of all peers. Collective: every worker returns, or every worker
-        raises.
+    def open(
+        cls, blocks: Sequence[Block], rank: int, gather: Gather, among: Sequence[int] | None = None
+    ) -> SharedWindows:
+        """Export this worker's blocks and map those of its peers. Collective among the workers of all hosts: every
+        worker returns, or every worker raises.
+
+        Args:
+            blocks: The model's blocks.
+            rank: This worker.
+            gather: Collects one object from every worker.
+            among: Workers of this host, this one too. The others cannot be read, and do not share the ledger. None:
+                all, and it is an error if they are on several hosts.
 
         Raises:
-            ValueError: The workers are on several hosts or hold different models, or this is not Linux.
+            ValueError: The workers hold different models, or are on several hosts, or this is not Linux.
             MemoryError: There is not enough memory to share.
         """
         if not sys.platform.startswith("linux"):
             raise ValueError(f"Shared windows need Linux, not {sys.platform}. Train with one process, or on Linux.")
-        export = _Export(_host(), _specification(blocks))
+        export = _Export(opening.host(), specification(blocks))
         exports: list[_Export] = gather(export)
-        _require_one_host([other.host for other in exports])
-        _require_one_model([other.specification for other in exports])
+        if among is None:
+            _require_one_host([other.host for other in exports])
+        require_one_model([other.specification for other in exports])
+        local = sorted(range(len(exports)) if among is None else among)
+        remote = [other for other in range(len(exports)) if other not in local]
+        size = Ledger.size(len(blocks), len(exports))
 
         def share() -> None:
+            if len(local) == 1:
+                return
             export.parameters, export.handles = _share(blocks)
-            if rank == 0:
-                export.ledger = _Segment.create(8 * Ledger.size(len(blocks), len(exports)))
+            if rank == local[0]:
+                export.ledger = _Segment.create(8 * size)
 
         def connect() -> SharedWindows:
-            assert exports[0].ledger is not None
-            memory = np.frombuffer(exports[0].ledger.map(writable=True), dtype=np.uint64)
-            ledger = Ledger(memory, len(blocks), len(exports), rank)
-            peers = [_map_blocks(blocks, other) if peer != rank else [] for peer, other in enumerate(exports)]
+            segment = exports[local[0]].ledger
+            memory = np.frombuffer(segment.map(writable=True), np.uint64) if segment else np.zeros(size, np.uint64)
+            ledger = Ledger(memory, len(blocks), len(exports), rank, remote)
+            peers = {peer: _map_blocks(blocks, exports[peer]) for peer in local if peer != rank}
             return cls(ledger, peers, [block.tensors[0].device for block in blocks])
 
         try:
-            _together(share, gather)
+            together(share, gather)
             exports = gather(export)
-            return _together(connect, gather)
+            return together(connect, gather)
         finally:
             for segment in (export.parameters, export.ledger):
                 if segment is not None:
@@ -144,23 +157,24 @@ class SharedWindows:
             return theirs
         return [tensor.to(device, non_blocking=True) for tensor in theirs]
 
+    def release(self, peer: int, block: int) -> None:
+        """Nothing to do: what was read is the peer's."""
+
+    def arrived(self) -> Sequence[int]:
+        """Nothing comes in the background."""
+        return ()
+
+    def exclude(self, peer: int) -> None:
+        """Read the peer no more. Idempotent."""
+        self._peers.pop(peer, None)
+
+    def figures(self) -> dict[str, float]:
+        """Nothing: a read costs what the merge costs."""
+        return {}
+
     def close(self) -> None:
-        self._peers = []
-
-
-def _host() -> str:
-    """Names this machine and, within it, this container."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return f"{os.uname().nodename} ({file.read().strip()[:8]}, {os.readlink('/proc/self/ns/pid')})"
-
-
-def _specification(blocks: Sequence[Block]) -> list[tuple[str, tuple[int, ...], str, str]]:
-    """Block, shape, dtype and kind of device of every tensor: what must be the same for all workers."""
-    return [
-        (block.name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type)
-        for block in blocks
-        for tensor in block.tensors
-    ]
+        """Let go of the peers' memory. Idempotent."""
+        self._peers = {}
 
 
 def _require_one_host(hosts: list[str]) -> None:
@@ -170,34 +184,6 @@ def _require_one_host(hosts: list[str]) -> None:
             f"Shared windows need all workers on one host and in one container, but found {places}. Start all workers "
             "with one `accelerate launch` on one machine."
         )
-
-
-def _require_one_model(specifications: list[list[tuple[str, tuple[int, ...], str, str]]]) -> None:
-    for rank, other in enumerate(specifications):
-        if other == specifications[0]:
-            continue
-        pairs = zip(specifications[0], other, strict=False)
-        first = next(((mine, its) for mine, its in pairs if mine != its), (len(specifications[0]), len(other)))
-        raise ValueError(
-            f"Worker {rank} has a different model than worker 0: {first[1]} instead of {first[0]}. All workers must "
-            "build the model from the same configuration, with the same parameters frozen."
-        )
-
-
-def _together(action: Callable[[], _T], gather: Gather) -> _T:
-    """Do `action` on every worker; if it fails on one, raise on all, so that none is left waiting."""
-    result, failure = None, None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    failures = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(failures):
-        if message is not None:
-            raise RuntimeError(f"Worker {rank} could not open its windows: {message}")
-    return result  # type: ignore[return-value]
 
 
 def _share(blocks: Sequence[Block]) -> tuple[_Segment | None, list[bytes | None]]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fleet import Fleet, open_windows
+from fleet import Fleet, open_fleet
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
@@ -99,17 +99,15 @@ def test_opening_twice_moves_the_parameters_again():
 
 
 def test_different_models_are_refused_on_every_worker():
-    errors = open_windows([split_into_blocks(model(4)), split_into_blocks(model(5))])
+    errors = open_fleet([split_into_blocks(model(4)), split_into_blocks(model(5))])
     for error in errors:
         assert isinstance(error, ValueError)
         assert "Worker 1 has a different model" in str(error)
         assert "(5, 5)" in str(error)
 
 
-def test_several_hosts_are_refused_on_every_worker(monkeypatch):
-    hosts = iter(["alpha", "beta"])
-    monkeypatch.setattr(shared, "_host", lambda: next(hosts))
-    for error in open_windows([split_into_blocks(model()), split_into_blocks(model())]):
+def test_several_hosts_are_refused_on_every_worker():
+    for error in open_fleet([split_into_blocks(model()), split_into_blocks(model())], hosts=["alpha", "beta"]):
         assert isinstance(error, ValueError)
         assert "all workers on one host" in str(error)
         assert "alpha" in str(error)
@@ -123,7 +121,7 @@ def test_too_little_memory_is_an_error_on_every_worker():
     fleet = [split_into_blocks(nn.Linear(1000, 1000)) for _ in range(2)]
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        errors = open_windows(fleet)
+        errors = open_fleet(fleet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     for error in errors:
@@ -143,7 +141,7 @@ def test_a_failure_on_one_worker_is_raised_on_all(monkeypatch):
         return original(blocks)
 
     monkeypatch.setattr(shared, "_share", fail_once)
-    errors = open_windows([split_into_blocks(model()), split_into_blocks(model())])
+    errors = open_fleet([split_into_blocks(model()), split_into_blocks(model())])
     assert sorted(type(error).__name__ for error in errors) == ["OSError", "RuntimeError"]
     assert all("no such device" in str(error) for error in errors)
     calls.clear()

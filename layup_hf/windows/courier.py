@@ -1,0 +1,355 @@
+"""The thread that carries blocks and reports between this worker and its peers on other hosts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..ledger import Ledger
+from . import wire
+from .pace import Pace
+from .peers import Peer, Postmark
+from .serving import Serving
+from .staging import Slot, Staging
+from .transport import Transport
+
+logger = logging.getLogger(__name__)
+
+_REPORT_EVERY = 0.005  # seconds between two looks at whether a peer waits to hear of an exchange
+_STEPS_EVERY = 0.1  # seconds between two reports of nothing but steps and masses
+_WHOLE_EVERY = 2.0  # seconds between two reports of everything, whether it has changed or not
+
+
+class Courier:
+    """Asks peers for the blocks that they have offered, writes its own to those who ask, and reports to all.
+
+    One thread does everything that has to do with the network, in rounds; the training thread never waits for it, and
+    nothing here waits for a peer. Each peer has at most one request under way.
+
+    Args:
+        transport: Connections. This thread alone uses it from `start` to `close`.
+        ledger: What is reported, and where the peers' reports are written down.
+        peers: Whom to talk to, connected.
+        staging: Where blocks arrive.
+        serving: Writes blocks to peers.
+        pace: How often to look.
+        postmark: Makes and reads messages.
+
+    Attributes:
+        refused: Messages that were refused, by reason.
+        accepts: Which (peer, block) may be asked for. All; tests narrow it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        ledger: Ledger,
+        peers: list[Peer],
+        staging: Staging,
+        serving: Serving,
+        pace: Pace,
+        postmark: Postmark,
+    ) -> None:
+        self._transport, self._ledger, self._staging, self._serving = transport, ledger, staging, serving
+        self._pace, self._postmark = pace, postmark
+        self._peers = {peer.rank: peer for peer in peers}
+        self._by_name = {peer.name: peer for peer in peers}
+        self._ranks = [peer.rank for peer in peers]
+        num_blocks = len(serving.layout.num_bytes)
+        self._merged = np.zeros(num_blocks)  # when the block was last merged with a peer on another host
+        self._merged_from = np.zeros((num_blocks, ledger.masses().shape[1]))
+        self._told = ledger.exchanged_with(self._ranks) - np.uint64(1)  # what each peer has been told: nothing yet
+        self._settled = ledger.settled
+        self._next_report = 0.0
+        self._since = self._looked = time.monotonic()
+        self._busy = 0.0
+        self._bytes = 0
+        self.refused: Counter[str] = Counter()
+        self._warned: set[tuple[str, int]] = set()
+        self.accepts: Callable[[int, int], bool] = lambda peer, block: True
+        self._to_exclude: deque[int] = deque()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="layup-courier", daemon=True)
+
+    # ---- Called by the training thread ----
+
+    def start(self) -> None:
+        """Begin to talk to the peers."""
+        self._thread.start()
+
+    def note_merged(self, peer: int, block: int) -> None:
+        """The block has been merged with the peer's."""
+        self._merged[block] = self._merged_from[block, peer] = time.monotonic()
+
+    def exclude(self, peer: int) -> None:
+        """Have no more to do with the peer."""
+        self._to_exclude.append(peer)
+
+    def figures(self) -> dict[str, float]:
+        """What the logs say, since the last call.
+
+        Raises:
+            RuntimeError: The thread has failed.
+        """
+        if self._failure is not None:
+            raise RuntimeError("The exchange with other hosts has failed; see above.") from self._failure
+        now = time.monotonic()
+        seconds, busy, received = max(now - self._since, 1e-9), self._busy, self._bytes
+        self._since, self._busy, self._bytes = now, self._busy - busy, self._bytes - received
+        figures = {
+            "layup/link_busy": min(busy / seconds, 1.0),
+            "layup/megabytes_per_second": received / seconds / 1e6,
+        }
+        if self.refused:
+            figures["layup/refused_messages"] = float(sum(self.refused.values()))
+        return figures
+
+    def close(self) -> None:
+        """Stop, and end all connections. Idempotent; waits for the round that is being made, for no peer."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for peer in self._peers.values():
+            self._serving.cancel(peer)
+        self._serving.close()
+        self._transport.close()
+
+    # ---- The thread ----
+
+    def _run(self) -> None:
+        try:
+            if self._serving.layout.device.type == "cuda":
+                torch.cuda.set_device(self._serving.layout.device)
+            while not self._stop.wait(self._pace.delay(self._round())):
+                pass
+        except BaseException as error:
+            self._failure = error
+            logger.exception("LayUp: the exchange with other hosts has failed; this worker goes on without.")
+
+    def _round(self) -> bool:
+        """Do whatever can be done now. Returns whether something is under way."""
+        now = time.monotonic()
+        under_way = any(peer.request is not None for peer in self._peers.values())
+        if under_way:
+            self._busy += now - self._looked
+        self._looked = now
+        while self._to_exclude:
+            self._drop(self._peers[self._to_exclude.popleft()])
+        began = time.perf_counter()
+        messages = self._transport.receive()
+        moved = bool(messages) or time.perf_counter() - began > 5e-5  # it has sent or received something
+        for name, message in messages:
+            self._open(name, message)
+        if self._settled != self._ledger.settled:
+            self._settled = self._ledger.settled
+            self._staging.discard()
+            for peer in self._peers.values():
+                peer.whole_at = 0.0
+        for peer in self._peers.values():
+            self._attempt(peer, self._serve)
+            if not peer.is_connected and not peer.is_excluded and now >= peer.retry_at:
+                self._reconnect(peer)
+        if self._pace.may_start:
+            self._ask()
+        self._report(now)
+        return moved or under_way or any(peer.write is not None for peer in self._peers.values())
+
+    def _attempt(self, peer: Peer, action: Callable[[Peer], None]) -> None:
+        """Do something that fails if the peer has gone or cannot be reached."""
+        if not peer.is_connected:
+            return
+        try:
+            action(peer)
+        except Exception as error:  # NIXL's exceptions have no base of their own
+            self._break(peer, error)
+
+    def _send(self, peer: Peer, content: wire.Content) -> None:
+        self._transport.send(peer.name, self._postmark.encode(content, peer))
+
+    # ---- Messages ----
+
+    def _open(self, name: str, message: bytes) -> None:
+        """Act on a message, or refuse it: then it has changed nothing."""
+        sender = self._by_name.get(name)
+        try:
+            known = self._postmark.decode(message)
+            peer = self._peers.get(known.sender)
+            if peer is None or peer is not sender:
+                raise wire.RefusedError("rank")
+            if peer.is_excluded:
+                raise wire.RefusedError("excluded")
+            if known.sequence <= peer.heard:
+                raise wire.RefusedError("sequence")
+            self._act(peer, known.content)
+            peer.heard = known.sequence
+        except wire.RefusedError as refusal:
+            reason, rank = str(refusal), -1 if sender is None else sender.rank
+            self.refused[reason] += 1
+            if (reason, rank) not in self._warned:
+                self._warned.add((reason, rank))
+                source = f"rank {rank}" if sender is not None else repr(name)
+                logger.warning(f"LayUp: refused a message that came as of {source}: {reason}.")
+
+    def _act(self, peer: Peer, content: wire.Content) -> None:
+        match content:
+            case wire.Report():
+                self._take_report(peer, content)
+            case wire.Request():
+                if content.number < peer.wanted_number:
+                    raise wire.RefusedError("number")
+                if content.number > peer.wanted_number:
+                    peer.wanted, peer.wanted_number = content, content.number
+                elif peer.wanted is None:  # it has been written, and the peer does not know
+                    self._attempt(peer, lambda p: self._send(p, wire.Answer(content.number, content.block)))
+            case wire.Answer():
+                slot = peer.request or peer.aside
+                if content.number > peer.requests:
+                    raise wire.RefusedError("number")
+                if slot is not None and (slot.number, slot.block) == (content.number, content.block):
+                    self._arrived(peer, slot)  # else it has come before
+
+    def _take_report(self, peer: Peer, report: wire.Report) -> None:
+        state = (report.done, report.tokens, report.loss)
+        try:
+            self._ledger.take_report(peer.rank, report.blocks, report.settled, *state)
+        except ValueError as error:
+            raise wire.RefusedError(str(error)) from None
+        if report.settled != peer.settled:  # what it was told before, it may not have been able to use
+            peer.settled, peer.whole_at = report.settled, 0.0
+
+    def _report(self, now: float) -> None:
+        """Tell each peer what has changed, exchanges at once and steps from time to time."""
+        if now < self._next_report:
+            return
+        self._next_report = now + _REPORT_EVERY
+        exchanged = self._ledger.exchanged_with(self._ranks)
+        news = (exchanged != self._told).any(axis=(0, 1))
+        for column, rank in enumerate(self._ranks):
+            peer = self._peers[rank]
+            is_whole = now >= peer.whole_at
+            if not peer.is_connected or not (is_whole or news[column] or now >= peer.steps_at):
+                continue
+            settled, blocks = self._ledger.settled, self._ledger.report_to(rank)
+            scalars = (int(self._ledger.done[self._ledger.rank]), int(self._ledger.tokens[self._ledger.rank]))
+            changed = blocks if is_whole or peer.told is None else blocks[blocks != peer.told]
+            if not len(changed) and scalars == peer.told_scalars:
+                peer.steps_at = now + _STEPS_EVERY
+                continue
+            report = wire.Report(settled, *scalars, self._ledger.loss(), changed)
+            self._attempt(peer, lambda p, report=report: self._send(p, report))
+            peer.told, peer.told_scalars, peer.steps_at = blocks, scalars, now + _STEPS_EVERY
+            self._told[0, :, column], self._told[1, :, column] = blocks["offered"], blocks["taken"]
+            if is_whole:
+                peer.whole_at = now + _WHOLE_EVERY
+                self._attempt(peer, self._repeat_request)
+
+    # ---- Blocks ----
+
+    def _ask(self) -> None:
+        """Give each free slot to what has not been merged for the longest of all that is offered."""
+        idle = [peer.rank for peer in self._peers.values() if peer.is_idle]
+        if not idle:
+            return
+        slot = self._staging.take_free()
+        while slot is not None and (choice := self._choose(idle)) is not None:
+            peer, slot.block = self._peers[choice[0]], choice[1]
+            peer.requests += 1
+            slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
+            peer.request = slot
+            idle.remove(peer.rank)
+            self._attempt(peer, self._repeat_request)
+            slot = self._staging.take_free() if idle else None
+        if slot is not None:
+            self._staging.give_back(slot)
+
+    def _choose(self, idle: list[int]) -> tuple[int, int] | None:
+        """(peer, block) to ask for next."""
+        blocks, columns = np.nonzero(self._ledger.waiting_from(idle))
+        here = self._staging.holds()
+        held = {block for _, block in here} | {peer.request.block for peer in self._peers.values() if peer.request}
+        choices = [
+            (block in held, self._merged[block], self._merged_from[block, idle[column]], idle[column], block)
+            for block, column in zip(blocks.tolist(), columns.tolist(), strict=True)
+            if (idle[column], block) not in here and self.accepts(idle[column], block)
+        ]
+        return min(choices)[3:] if choices else None
+
+    def _repeat_request(self, peer: Peer) -> None:
+        slot = peer.request or peer.aside
+        if slot is not None:
+            address, device = slot.buffer.data_ptr(), self._transport.device_number
+            self._send(peer, wire.Request(slot.number, slot.block, address, device, slot.key))
+
+    def _arrived(self, peer: Peer, slot: Slot) -> None:
+        if slot is peer.aside:
+            peer.aside = None
+            self._staging.drop(slot)
+            return
+        peer.request = None
+        self._bytes += self._serving.layout.num_bytes[slot.block]
+        if slot.settled == self._ledger.settled:
+            self._staging.ready[peer.rank, slot.block] = slot
+        else:
+            self._staging.give_back(slot)
+
+    def _serve(self, peer: Peer) -> None:
+        if (answer := self._serving.advance(peer)) is not None:
+            self._send(peer, answer)
+
+    # ---- Peers that come and go ----
+
+    def _break(self, peer: Peer, error: Exception) -> None:
+        """The peer has gone, or the way to it."""
+        if not peer.was_lost:
+            logger.warning(
+                f"LayUp: the connection to rank {peer.rank} has broken ({type(error).__name__}: {error}). It is tried "
+                "again until the worker is done without."
+            )
+            peer.was_lost = True
+        self._let_go(peer)
+        self._serving.cancel(peer)
+        self._disconnect(peer)
+        peer.wait_before_retry(time.monotonic())
+
+    def _let_go(self, peer: Peer) -> None:
+        """The peer may write what it was asked for at any time, or never: do not use that memory again."""
+        if peer.request is not None:
+            peer.aside, peer.request = peer.request, None
+            self._staging.put_aside(peer.aside)
+
+    def _disconnect(self, peer: Peer) -> None:
+        peer.is_connected = False
+        peer.keys.clear()
+        try:
+            self._transport.disconnect(peer.name)
+        except Exception as error:
+            logger.debug(f"LayUp: rank {peer.rank} was not connected: {error}")
+
+    def _reconnect(self, peer: Peer) -> None:
+        peer.wait_before_retry(time.monotonic())
+        try:
+            self._transport.connect(peer.address)
+        except Exception as error:
+            logger.debug(f"LayUp: rank {peer.rank} is not reached: {error}")
+            return
+        peer.is_connected = True
+        peer.whole_at = 0.0
+        self._attempt(peer, self._repeat_request)
+
+    def _drop(self, peer: Peer) -> None:
+        """Have no more to do with a peer."""
+        if peer.is_excluded:
+            return
+        peer.is_excluded = True
+        self._staging.discard(peer.rank)
+        self._let_go(peer)
+        self._serving.cancel(peer)
+        if peer.is_connected:
+            self._disconnect(peer)

@@ -1,0 +1,104 @@
+"""Which windows a job takes: shared memory for peers on this worker's host, the network for the others."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..blocks import Block
+from . import opening
+from .base import Gather, PeerWindows
+from .nixl import NixlWindows
+from .shared import SharedWindows
+
+
+class MixedWindows:
+    """Windows of two kinds, each for some of the peers; see `PeerWindows`.
+
+    Args:
+        shared: For the peers on this host.
+        distant: For all others.
+        local: Workers on this host.
+    """
+
+    def __init__(self, shared: SharedWindows, distant: NixlWindows, local: Sequence[int]) -> None:
+        self.ledger = distant.ledger
+        self.shared, self.distant = shared, distant
+        self._local = frozenset(local)
+        self.arrived = distant.arrived
+        self.figures = distant.figures
+
+    def _of(self, peer: int) -> SharedWindows | NixlWindows:
+        return self.shared if peer in self._local else self.distant
+
+    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+        """The peer's live block, if it is on this host; else what has come of it."""
+        return self._of(peer).read(peer, block)
+
+    def release(self, peer: int, block: int) -> None:
+        """The block has been merged."""
+        self._of(peer).release(peer, block)
+
+    def exclude(self, peer: int) -> None:
+        """Have no more to do with a peer. Idempotent."""
+        self._of(peer).exclude(peer)
+
+    def close(self) -> None:
+        """Let go of all peers. Idempotent."""
+        self.distant.close()
+        self.shared.close()
+
+
+def open_windows(
+    kind: str,
+    blocks: Sequence[Block],
+    rank: int,
+    gather: Gather,
+    *,
+    token: bytes,
+    job: bytes,
+    wire_dtype: str = "fp32",
+) -> PeerWindows:
+    """Open the windows that `kind` asks for. Collective: every worker returns, or every worker raises.
+
+    Args:
+        kind: "shared": all workers are on one host; "nixl": the network for all peers; "auto": shared memory for peers
+            on the same host, the network for the others.
+        blocks: The model's blocks.
+        rank: This worker.
+        gather: Collects one object from every worker.
+        token: The job's secret.
+        job: Names the job and the era, differently each time that windows are opened.
+        wire_dtype: What blocks are sent over the network as: "fp32" or "bf16".
+
+    Raises:
+        ValueError: With `shared`, the workers are on several hosts; where the network is needed, NIXL is not installed
+            on one of them; the workers have different secrets or models.
+        MemoryError: There is not enough memory to share.
+    """
+    if kind not in ("auto", "shared", "nixl"):
+        raise ValueError(f"windows={kind!r} is unknown: use 'auto', 'shared' or 'nixl'.")
+    if kind == "shared":
+        return SharedWindows.open(blocks, rank, gather)
+    answers: list[tuple[str, bool]] = gather((opening.host(), importlib.util.find_spec("nixl") is not None))
+    hosts = [name for name, _ in answers]
+    local = [other for other, name in enumerate(hosts) if name == hosts[rank]] if kind == "auto" else [rank]
+    if len(set(hosts)) == 1 and kind == "auto":
+        return SharedWindows.open(blocks, rank, gather)
+    if missing := sorted({name for name, is_there in answers if not is_there}):
+        raise ValueError(
+            "Workers on several hosts exchange blocks through NIXL, which is not installed on "
+            f"{'; '.join(missing)}: pip install 'layup_hf[nixl]'."
+        )
+    peers = [other for other in range(len(hosts)) if other not in local]
+    shared = SharedWindows.open(blocks, rank, gather, among=local)
+    try:
+        distant = NixlWindows.open(
+            blocks, rank, gather, shared.ledger, peers=peers, token=token, job=job, wire_dtype=wire_dtype
+        )
+    except BaseException:
+        shared.close()
+        raise
+    return MixedWindows(shared, distant, local) if len(local) > 1 else distant

@@ -1,0 +1,197 @@
+"""Windows between workers of different hosts: blocks and messages go over the network, by NIXL."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import network
+from ..blocks import Block
+from ..ledger import Ledger
+from .base import Gather
+from .courier import Courier
+from .opening import Specification, require_one_model, specification, together
+from .pace import BUDGET, Pace
+from .peers import Peer, Postmark
+from .serving import Serving
+from .staging import Layout, Staging, pack
+from .transport import Transport
+
+
+@dataclass(frozen=True)
+class Card:
+    """How a worker introduces itself to the others.
+
+    Attributes:
+        rank: Its rank.
+        address: How to connect to its NIXL agent.
+        specification: Of its model.
+        wire_dtype: What it sends blocks as.
+        signature: Proof that it knows the job's secret.
+    """
+
+    rank: int
+    address: bytes
+    specification: Specification
+    wire_dtype: str
+    signature: bytes = b""
+
+    def parts(self, job: bytes) -> tuple[bytes, ...]:
+        """What is signed."""
+        described = repr((self.rank, self.specification, self.wire_dtype)).encode()
+        return (b"card", job, described, self.address)
+
+
+class NixlWindows:
+    """Has blocks of peers written here when they have been offered, and reads them from there.
+
+    A worker asks a peer for a block that this one has offered; the peer writes it, as it is then, into one of two slots
+    of this worker; the training thread finds it there at the block's next boundary. So what is merged is as old as the
+    network and the wait for the boundary make it, and a slow network carries as much as it can: a slot that is free
+    goes to the block that has not been merged for the longest.
+
+    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` two buffers more.
+
+    Make it with `NixlWindows.open`.
+    """
+
+    def __init__(self, ledger: Ledger, layout: Layout, staging: Staging, courier: Courier) -> None:
+        self.ledger = ledger
+        self.staging = staging
+        self.courier = courier
+        self._layout = layout
+        self._work = _work_buffers(layout) if layout.converts else None
+        courier.start()
+
+    @classmethod
+    def open(
+        cls,
+        blocks: Sequence[Block],
+        rank: int,
+        gather: Gather,
+        ledger: Ledger,
+        *,
+        peers: Sequence[int],
+        token: bytes,
+        job: bytes,
+        wire_dtype: str = "fp32",
+    ) -> NixlWindows:
+        """Introduce this worker to all others and connect to `peers`. Collective: every worker returns, or every
+        worker raises.
+
+        Args:
+            blocks: The model's blocks. Tensors that are not contiguous are made so, in place.
+            rank: This worker.
+            gather: Collects one object from every worker.
+            ledger: Of this worker, with `peers` as remote.
+            peers: Workers that are reached over the network.
+            token: The job's secret.
+            job: Names the job and the era, differently each time that windows are opened.
+            wire_dtype: "fp32" sends blocks as they are, "bf16" sends tensors in fp32 as bf16.
+
+        Raises:
+            ValueError: NIXL is not installed, or the workers have different secrets or models.
+        """
+        job = hashlib.blake2b(job, digest_size=16).digest()
+
+        def prepare() -> tuple[Transport, Layout]:
+            for block in blocks:
+                for tensor in (*block.parameters, *block.buffers):
+                    if not tensor.is_contiguous():
+                        tensor.data = tensor.data.contiguous()
+            layout = Layout(blocks, wire_dtype)
+            transport = Transport(f"{job.hex()}/{rank}", layout.device)
+            if not layout.converts:
+                transport.register([tensor for block in blocks for tensor in block.tensors])
+            return transport, layout
+
+        transport, layout = together(prepare, gather)
+        try:
+            card = Card(rank, transport.address(), specification(blocks), wire_dtype)
+            cards: list[Card] = gather(replace(card, signature=network.sign(token, *card.parts(job))))
+
+            def connect() -> tuple[Courier, Staging]:
+                _require_trust(cards, token, job)
+                require_one_model([other.specification for other in cards])
+                if len({other.wire_dtype for other in cards}) > 1:
+                    raise ValueError(f"Workers have different `wire_dtype`s: {[c.wire_dtype for c in cards]}.")
+                known = [Peer(peer, transport.connect(cards[peer].address), cards[peer].address) for peer in peers]
+                staging, serving = Staging(layout, transport), Serving(layout, transport)
+                pace = Pace(None if layout.device.type == "cuda" else BUDGET)
+                postmark = Postmark(token, job, rank, len(cards), len(blocks))
+                courier = Courier(transport, ledger, known, staging, serving, pace, postmark)
+                return courier, staging
+
+            courier, staging = together(connect, gather)
+        except BaseException:
+            transport.close()
+            raise
+        return cls(ledger, layout, staging, courier)
+
+    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+        """The peer's block, as it was when the peer sent it; None if it has not come."""
+        slot = self.staging.take_ready(peer, block)
+        if slot is None:
+            return None
+        if slot.settled != self.ledger.settled:  # from before a consensus point
+            self.staging.release(peer, block)
+            return None
+        if self._work is None:
+            return slot.views[block]
+        torch._foreach_copy_(self._work[block], slot.views[block])
+        return self._work[block]
+
+    def release(self, peer: int, block: int) -> None:
+        """The block has been merged."""
+        self.staging.release(peer, block)
+        self.courier.note_merged(peer, block)
+
+    def arrived(self) -> Sequence[int]:
+        """Blocks that have come and wait to be merged."""
+        ready = self.staging.ready
+        return [block for _, block in list(ready)] if ready else ()
+
+    def exclude(self, peer: int) -> None:
+        """Have no more to do with a peer: ask it for nothing, send it nothing, refuse what it sends. Idempotent."""
+        self.courier.exclude(peer)
+
+    def figures(self) -> dict[str, float]:
+        """`layup/link_busy`: share of the time in which a block was on its way here. `layup/megabytes_per_second`:
+        what has come. `layup/refused_messages`: messages refused since the start, if any.
+        """
+        return self.courier.figures()
+
+    def close(self) -> None:
+        """End all connections. Idempotent, waits for no peer."""
+        self.courier.close()
+
+
+def _require_trust(cards: Sequence[Card], token: bytes, job: bytes) -> None:
+    strangers = [
+        rank
+        for rank, card in enumerate(cards)
+        if card.rank != rank or not network.is_signed(token, card.signature, *card.parts(job))
+    ]
+    if strangers:
+        raise ValueError(
+            f"Rank {', '.join(map(str, strangers))} did not prove to know the secret of this job. Give all workers the "
+            f"same {network.TOKEN_VARIABLE}."
+        )
+
+
+def _work_buffers(layout: Layout) -> list[list[Tensor]]:
+    """For each block, tensors like its own, in one buffer that all blocks share."""
+    blocks = [layout.live(block) for block in range(len(layout.num_bytes))]
+    places = [pack([tensor.nbytes for tensor in tensors]) for tensors in blocks]
+    buffer = torch.empty(max(1, max(end for _, end in places)), dtype=torch.uint8, device=layout.device)
+    return [
+        [
+            buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, offset in zip(tensors, offsets, strict=True)
+        ]
+        for tensors, (offsets, _) in zip(blocks, places, strict=True)
+    ]

@@ -1,0 +1,55 @@
+"""How often the courier looks, and how much processor time it may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+BUDGET = 0.03
+"""Share of the wall time that the exchange may take of a processor that training needs, too."""
+
+_BUSY, _IDLE = 0.001, 0.01  # seconds between two looks: something is under way; nothing has been for a while
+_BURST = 0.05  # seconds of processor time that may be saved up
+_LONGEST = 0.25  # seconds: however much has been overdrawn, messages are looked for this often
+
+
+class Pace:
+    """Decides how long a thread sleeps between two looks.
+
+    Args:
+        budget: Share of the wall time that the thread may be running; None: as much as it likes.
+        clock: Gives seconds of wall time.
+        used: Gives seconds of processor time of the calling thread.
+    """
+
+    def __init__(
+        self,
+        budget: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        used: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._budget, self._clock, self._used = budget, clock, used
+        self._saved = _BURST
+        self._last: tuple[float, float] | None = None
+        self._delay = _BUSY
+
+    @property
+    def may_start(self) -> bool:
+        """Whether there is time left for one more block."""
+        return self._budget is None or self._saved > 0
+
+    def delay(self, active: bool) -> float:
+        """Seconds to sleep now.
+
+        Args:
+            active: Whether something is under way.
+        """
+        now, used = self._clock(), self._used()
+        if self._budget is not None and self._last is not None:
+            wall, processor = now - self._last[0], used - self._last[1]
+            self._saved = min(self._saved + self._budget * wall - processor, _BURST)
+        self._last = (now, used)
+        self._delay = _BUSY if active else min(self._delay * 1.5, _IDLE)
+        if self._budget is None or self._saved > 0:
+            return self._delay
+        return min(max(-self._saved / self._budget, self._delay), _LONGEST)

@@ -1,0 +1,110 @@
+"""Writes this worker's blocks into the memory of peers that have asked for them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from .peers import Peer
+from .staging import Layout
+from .transport import Transport
+from .wire import Answer
+
+
+class Serving:
+    """Answers one request of each peer at a time.
+
+    A block that goes as it is goes from where it lies, live. One that is converted goes through a buffer of the size
+    of the largest block, for one peer after the other.
+
+    Args:
+        layout: How blocks lie in the peers' slots.
+        transport: Writes.
+    """
+
+    def __init__(self, layout: Layout, transport: Transport) -> None:
+        self.layout, self._transport = layout, transport
+        self._buffer = layout.new_buffer() if layout.converts else None
+        if self._buffer is not None:
+            transport.register([self._buffer])
+        self._holder: Peer | None = None  # who is being written to from the buffer, or is about to be
+        self._converted: torch.cuda.Event | None = None
+        self._abandoned: list[tuple[Any, torch.Tensor | None]] = []
+
+    def advance(self, peer: Peer) -> Answer | None:
+        """Begin, go on with, or finish what the peer has asked for; gives the answer when it has been written.
+
+        Raises:
+            Exception: The peer cannot be written to.
+        """
+        self._clear_abandoned()
+        wanted = peer.wanted
+        if wanted is None:
+            return None
+        if peer.write is None:
+            peer.write = self._begin(peer)
+        if peer.write is None or not self._transport.is_written(peer.write):
+            return None
+        self._transport.release(peer.write)
+        peer.write = peer.wanted = None
+        if self._holder is peer:
+            self._holder = None
+        return Answer(wanted.number, wanted.block)
+
+    def _begin(self, peer: Peer) -> Any:
+        wanted, layout = peer.wanted, self.layout
+        source = layout.live_pieces(wanted.block)
+        if self._buffer is not None:
+            if self._holder not in (None, peer) or (self._holder is None and not self._convert(peer)):
+                return None
+            if self._converted is not None and not self._converted.query():
+                return None
+            source = layout.pieces(self._buffer.data_ptr(), wanted.block)
+        if wanted.key not in peer.keys:
+            self._transport.accept_key(wanted.key, peer.name)
+            peer.keys.add(wanted.key)
+        return self._transport.write(peer.name, source, layout.pieces(wanted.address, wanted.block), wanted.device)
+
+    def _convert(self, peer: Peer) -> bool:
+        """Put the live block into the buffer, as it is to be on its way."""
+        block = peer.wanted.block
+        self._holder = peer
+        with torch.no_grad():
+            torch._foreach_copy_(self.layout.views(self._buffer, block), self.layout.live(block))
+        if self._buffer.is_cuda:
+            self._converted = torch.cuda.Event()
+            self._converted.record()
+        return True
+
+    def cancel(self, peer: Peer) -> None:
+        """Write no more to a peer. What is under way may still go on for a while: leave its memory alone until then."""
+        buffer = None
+        if self._holder is peer:
+            self._holder = None
+            if peer.write is not None:
+                buffer, self._buffer = self._buffer, self.layout.new_buffer()
+                self._transport.register([self._buffer])
+        if peer.write is not None:
+            self._abandoned.append((peer.write, buffer))
+            peer.write = None
+
+    def _clear_abandoned(self) -> None:
+        for item in list(self._abandoned):
+            handle, buffer = item
+            ended = True
+            with contextlib.suppress(Exception):  # a failure is an end, too
+                ended = self._transport.is_written(handle)
+            if ended:
+                self._abandoned.remove(item)
+                self._transport.release(handle)
+                if buffer is not None:
+                    self._transport.forget(buffer)
+
+    def close(self) -> None:
+        """Forget what is under way."""
+        for handle, _ in self._abandoned:
+            with contextlib.suppress(Exception):
+                self._transport.release(handle)
+        self._abandoned.clear()

@@ -1,0 +1,192 @@
+"""Where blocks of peers arrive."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block
+from .transport import Pieces, Transport
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+
+def pack(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Offsets at which pieces of these sizes lie one after the other, aligned, and where the last one ends; bytes."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+class Layout:
+    """How the tensors of a block lie in a buffer on their way.
+
+    Args:
+        blocks: The model's blocks; contiguous tensors on one device.
+        wire_dtype: "fp32": every tensor as it is; "bf16": tensors in fp32 as bf16.
+
+    Attributes:
+        converts: Whether some tensor is sent in another dtype than it has.
+        size: Bytes of the largest block on its way.
+        device: Where the blocks are.
+    """
+
+    def __init__(self, blocks: Sequence[Block], wire_dtype: str) -> None:
+        self._tensors = [block.tensors for block in blocks]
+        self._places: list[list[tuple[int, torch.dtype]]] = []
+        self.num_bytes: list[int] = []
+        self.size = 1
+        self.device = self._tensors[0][0].device
+        for tensors in self._tensors:
+            as_bf16 = wire_dtype == "bf16"
+            dtypes = [torch.bfloat16 if as_bf16 and t.dtype == torch.float32 else t.dtype for t in tensors]
+            sizes = [t.numel() * dtype.itemsize for t, dtype in zip(tensors, dtypes, strict=True)]
+            offsets, end = pack(sizes)
+            self._places.append(list(zip(offsets, dtypes, strict=True)))
+            self.num_bytes.append(sum(sizes))
+            self.size = max(self.size, end)
+        self.converts = any(
+            tensor.dtype != dtype
+            for tensors, places in zip(self._tensors, self._places, strict=True)
+            for tensor, (_, dtype) in zip(tensors, places, strict=True)
+        )
+
+    def new_buffer(self) -> Tensor:
+        """Bytes for any one block."""
+        return torch.empty(self.size, dtype=torch.uint8, device=self.device)
+
+    def live(self, block: int) -> list[Tensor]:
+        """The block itself."""
+        return self._tensors[block]
+
+    def views(self, buffer: Tensor, block: int) -> list[Tensor]:
+        """The block's tensors, as they are on their way, in a buffer."""
+        return [
+            buffer[offset : offset + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
+            for tensor, (offset, dtype) in zip(self._tensors[block], self._places[block], strict=True)
+        ]
+
+    def pieces(self, address: int, block: int) -> Pieces:
+        """Where the block's tensors lie in a buffer that begins at `address`."""
+        return [
+            (address + offset, tensor.numel() * dtype.itemsize)
+            for tensor, (offset, dtype) in zip(self._tensors[block], self._places[block], strict=True)
+            if tensor.numel()
+        ]
+
+    def live_pieces(self, block: int) -> Pieces:
+        """Where the block's tensors lie themselves."""
+        return [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors[block] if tensor.numel()]
+
+
+class Slot:
+    """Room for one block. It is written by one peer at a time, which has been asked to.
+
+    Attributes:
+        buffer: The bytes.
+        key: What the peer needs to write here.
+        views: For each block, its tensors in the buffer.
+        peer, block: What it holds or is to hold.
+        number: Of the request.
+        settled: How often this worker had settled when it asked: what comes from before a consensus point is not used.
+        used: On CUDA, when the training thread's work on it will have ended.
+    """
+
+    def __init__(self, layout: Layout, transport: Transport) -> None:
+        self.buffer = layout.new_buffer()
+        transport.register([self.buffer])
+        self.key = transport.key(self.buffer)
+        self.views = [layout.views(self.buffer, block) for block in range(len(layout.num_bytes))]
+        self.peer = self.block = self.number = self.settled = -1
+        self.used: torch.cuda.Event | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing on the device still reads it."""
+        return self.used is None or self.used.query()
+
+
+class Staging:
+    """The slots: two, however many peers there are.
+
+    The courier takes a free one, and puts it among those that are ready when it has been written. The training thread
+    takes it from there, and gives it back. Each handing over is one operation on a dict or a deque: it needs no lock.
+
+    Args:
+        layout: How blocks lie in slots.
+        transport: Registers them.
+        count: Number of slots.
+    """
+
+    def __init__(self, layout: Layout, transport: Transport, count: int = 2) -> None:
+        self._layout, self._transport = layout, transport
+        self._free = deque(Slot(layout, transport) for _ in range(count))
+        self.ready: dict[tuple[int, int], Slot] = {}  # by peer and block
+        self._taken: dict[tuple[int, int], Slot] = {}
+        self._aside: set[Slot] = set()
+
+    def holds(self) -> set[tuple[int, int]]:
+        """(peer, block) of all that has come and has not been given back."""
+        return {*list(self.ready), *list(self._taken)}
+
+    def take_free(self) -> Slot | None:
+        """For the courier: a slot that nobody uses, if there is one now."""
+        for _ in range(len(self._free)):
+            slot = self._free.popleft()
+            if slot.is_idle:
+                return slot
+            self._free.append(slot)
+        return None
+
+    def give_back(self, slot: Slot) -> None:
+        """What is in the slot is not needed."""
+        self._free.append(slot)
+
+    def discard(self, peer: int | None = None) -> None:
+        """For the courier: drop what is ready of one peer, or of all."""
+        for key in list(self.ready):
+            if (peer is None or key[0] == peer) and (slot := self.ready.pop(key, None)) is not None:
+                self.give_back(slot)
+
+    def put_aside(self, slot: Slot) -> None:
+        """A peer that has been asked to write the slot may still do so, nobody knows when: take a new one instead."""
+        self._aside.add(slot)
+        self._free.append(Slot(self._layout, self._transport))
+
+    def drop(self, slot: Slot) -> None:
+        """What was put aside has been written after all: free its memory."""
+        self._aside.remove(slot)
+        self._transport.forget(slot.buffer)
+
+    def take_ready(self, peer: int, block: int) -> Slot | None:
+        """For the training thread: what has come, until `release`."""
+        key = (peer, block)
+        slot = self.ready.get(key)
+        if slot is None:
+            return None
+        self._taken[key] = slot  # first: at no moment is it nowhere
+        if self.ready.pop(key, None) is None:  # the courier has dropped it meanwhile
+            del self._taken[key]
+            return None
+        return slot
+
+    def release(self, peer: int, block: int) -> None:
+        """For the training thread: it has used what it took; on CUDA, will have when its stream gets here."""
+        slot = self._taken.pop((peer, block), None)
+        if slot is None:
+            return
+        if slot.buffer.is_cuda:
+            slot.used = torch.cuda.Event()
+            slot.used.record()
+        self._free.append(slot)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slots, also of those put aside."""
+        slots = {*self._free, *self.ready.values(), *self._taken.values(), *self._aside}
+        return sum(slot.buffer.nbytes for slot in slots)
