@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
+from collections.abc import Callable
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
+
+from .ahead import Ahead
 
 _CALL = 1 << 48  # above the steps: how many workers have called a meeting
 _FAILURE = 1 << 60  # above the calls: whether a worker has failed
@@ -24,6 +25,9 @@ class ProgressClock:
     (median 0.06 to 0.1 ms on one host). The same counter tells that a worker has called a meeting, or has failed, so
     the others learn of it at no cost.
 
+    Over a network a round trip may take as long as a step, so numbers can be drawn ahead (`draw_ahead`): then a worker
+    holds a few, and uses them in their order. They are still consecutive over all workers.
+
     Args:
         store: A store that all workers share, with nothing in it yet.
         start: Steps that earlier runs have made, for the worker that sets the counter; None for the others, which may
@@ -36,16 +40,27 @@ class ProgressClock:
     def __init__(self, store: Store, start: int | None = None) -> None:
         self.called = False
         self._store = store
+        self._ahead: Ahead[int] | None = None
         if start is not None:
             store.add("clock", start)
 
+    def draw_ahead(self, store: Store, make_ahead: Callable[[Callable[[], int]], Ahead[int]]) -> None:
+        """From here on, draw in the background.
+
+        Args:
+            store: Another connection to the same store, for the thread that draws.
+            make_ahead: Makes an `Ahead` for a question.
+        """
+        self._ahead = make_ahead(lambda: self._read(1, store))
+
     def draw(self) -> int:
-        """Begin a step: the number of steps that all workers had begun before.
+        """Begin a step: the number of steps that all workers had begun before it, when it was drawn.
 
         Raises:
             WorkerFailure: A worker has failed.
         """
-        return (self._read(1) - 1) % _CALL
+        value = self._read(1) if self._ahead is None else self._ahead.take()
+        return (value - 1) % _CALL
 
     def look(self) -> None:
         """Find out whether a meeting has been called, without beginning a step.
@@ -63,6 +78,12 @@ class ProgressClock:
         """Take back every call. For one worker, while all are in the meeting."""
         self._store.add("clock", -(self._read(0) // _CALL * _CALL))
 
+    def forget_calls(self) -> None:
+        """After a meeting: what was drawn ahead during it may still tell of calls that have been answered."""
+        if self._ahead is not None:
+            self._ahead.held()
+            self.called = False
+
     def report_failure(self, message: str) -> None:
         """Tell the others why this worker ends."""
         self._store.set("failure", message)
@@ -73,35 +94,9 @@ class ProgressClock:
         """What a failed worker has reported, if one has."""
         return self._store.get("failure").decode() if self._store.check(["failure"]) else None
 
-    def _read(self, steps: int) -> int:
-        value = self._store.add("clock", steps)
+    def _read(self, steps: int, store: Store | None = None) -> int:
+        value = (store or self._store).add("clock", steps)
         if value >= _FAILURE:
             raise WorkerFailure(self.failure())
         self.called = value >= _CALL
         return value
-
-
-def connect_store(run: str) -> Store:
-    """A connection of this worker's own to the store of the process group, under a prefix that only this run uses.
-
-    `torchrun` and `accelerate launch` keep the store in the launcher, so it answers whatever happens to a worker. With
-    other launchers rank 0 keeps it.
-
-    Raises:
-        ValueError: The launcher has not said where the store is.
-        ConnectionError: The store does not answer.
-    """
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except KeyError as missing:
-        raise ValueError(
-            f"The environment variable {missing} is not set, so the store of the process group cannot be found. Start "
-            "the workers with `accelerate launch` or `torchrun`."
-        ) from missing
-    try:
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-    except (RuntimeError, ValueError) as error:
-        raise ConnectionError(
-            f"The store of the process group at {host}:{port} (MASTER_ADDR and MASTER_PORT) does not answer: {error}"
-        ) from error
-    return PrefixStore(f"layup_hf/{run}", store)

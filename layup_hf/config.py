@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .launch import prepare_launch
 from .straggler import StragglerConfig
 
 _UNSTEPPABLE = {
@@ -91,6 +92,7 @@ class LayupOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        prepare_launch(self)
         super_post_init = getattr(super(), "__post_init__", None)
         if super_post_init is not None:
             super_post_init()

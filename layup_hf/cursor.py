@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.distributed import Store
+
+from .ahead import Ahead
 
 
 class Draw(NamedTuple):
@@ -34,36 +36,72 @@ class Cursor:
         position: Where an earlier run stopped, from `position()`: what it had handed out is not handed out again, but
             for what no worker had begun.
         most: Samples that every worker can use at once; what had not been begun is handed out in such parts.
+        members: Tells who takes part at the moment, by name; unset, the ranks.
+
+    Attributes:
+        name: This worker's name among the members; unset, its rank.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, position: dict[str, Any] | None = None, most: int = 1 << 62
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        position: dict[str, Any] | None = None,
+        most: int = 1 << 62,
+        members: Callable[[], Iterable[str]] | None = None,
     ) -> None:
         self._store = store
-        self._rank = rank
-        self._world_size = world_size
+        self.name = str(rank)
+        self._members = members or (lambda: map(str, range(world_size)))
+        self._draw_ahead: Callable[[Callable[[], int]], Ahead[int]] | None = None
+        self._ahead: tuple[Any, Ahead[int]] | None = None
         position = position or {"drawn": {}, "not_begun": []}
         self._begins = {int(epoch): place for epoch, place in position["drawn"].items()}
         self._left: dict[int, list[Draw]] = {}
         for draw in sorted(Draw(*numbers) for numbers in position["not_begun"]):
             self._left.setdefault(draw.epoch, []).extend(draw.split(most))
 
+    def draw_ahead(self, store: Store, make_ahead: Callable[[Callable[[], int]], Ahead[int]]) -> None:
+        """From here on, draw in the background; see `ProgressClock.draw_ahead`."""
+        self._background, self._draw_ahead = store, make_ahead
+
     def draw(self, epoch: int, size: int, end: int) -> Draw | None:
         """The next `size` places of the epoch, fewer at its end; None when all `end` places have been drawn."""
         left = self._left.get(epoch, ())
         if left and (number := self._store.add(f"left/{epoch}", 1)) <= len(left):
             return left[number - 1]
-        stop = self._begins.get(epoch, 0) + self._store.add(f"drawn/{epoch}", size)
+        return self._place(epoch, size, end, self._draw_places(epoch, size, end))
+
+    def _draw_places(self, epoch: int, size: int, end: int) -> int:
+        if self._draw_ahead is None:
+            return self._store.add(f"drawn/{epoch}", size)
+        question = (epoch, size, end)
+        if self._ahead is None or self._ahead[0] != question:
+            store = self._background
+            self._ahead = question, self._draw_ahead(lambda: store.add(f"drawn/{epoch}", size))
+        return self._ahead[1].take()
+
+    def _place(self, epoch: int, size: int, end: int, drawn: int) -> Draw | None:
+        stop = self._begins.get(epoch, 0) + drawn
         return Draw(epoch, stop - size, min(stop, end)) if stop - size < end else None
+
+    def held(self) -> list[Draw]:
+        """What has been drawn ahead and not been handed out yet."""
+        if self._ahead is None:
+            return []
+        question, ahead = self._ahead
+        places = (self._place(*question, drawn) for drawn in ahead.held())
+        return [draw for draw in places if draw is not None]
 
     def give_up(self, epoch: int, draws: Sequence[Draw]) -> None:
         """Say that this worker found everything drawn; `draws` are those that it has not begun: anybody may."""
-        self._store.set(f"not_begun/{epoch}/{self._rank}", json.dumps(draws))
-        self._store.add(f"gave_up/{epoch}", 1)
+        self._store.set(f"not_begun/{epoch}/{self.name}", json.dumps(draws))
+        self._store.set(f"gave_up/{epoch}/{self._store.add(f'gave_up/{epoch}', 1)}", self.name)
 
     def all_gave_up(self, epoch: int) -> bool:
-        """Whether every worker has, so that nothing can be given up any more."""
-        return self._store.add(f"gave_up/{epoch}", 0) == self._world_size
+        """Whether every worker has that takes part, so that nothing can be given up any more."""
+        return self._store.check([f"not_begun/{epoch}/{name}" for name in self._members()])
 
     def claim(self, draw: Draw) -> bool:
         """Whether this worker, and no other, may begin a draw that has been given up."""
@@ -75,10 +113,10 @@ class Cursor:
 
     def given_up_by_peers(self, epoch: int) -> Iterator[Draw]:
         """What peers have given up until now, the last first: its owner begins with the first."""
-        for rank in range(self._world_size):
-            key = f"not_begun/{epoch}/{rank}"
-            if rank != self._rank and self._store.check([key]):
-                for numbers in reversed(json.loads(self._store.get(key))):
+        for number in range(1, self._store.add(f"gave_up/{epoch}", 0) + 1):
+            name = self._store.get(f"gave_up/{epoch}/{number}").decode()
+            if name != self.name:
+                for numbers in reversed(json.loads(self._store.get(f"not_begun/{epoch}/{name}"))):
                     yield Draw(*numbers)
 
     def require_same(self, name: str, value: str) -> bool:
@@ -115,6 +153,10 @@ class FixedShares:
     def give_up(self, epoch: int, draws: Sequence[Draw]) -> None:
         """Nobody else would begin them. Who looks again begins again."""
         del self._drawn[epoch]
+
+    def held(self) -> list[Draw]:
+        """Nothing is drawn ahead."""
+        return []
 
     def claim(self, draw: Draw) -> bool:
         """Nobody else would have begun it."""

@@ -95,6 +95,7 @@ class Ledger:
         self._present = np.ones(world_size, dtype=np.uint64)  # 0 for a peer that has been excluded
         self._lost = np.zeros(num_blocks, dtype=np.uint64)  # mass that excluded peers took from this worker, net
         self.settled = 0
+        self._settled_at = np.zeros((2, num_blocks, world_size), dtype=np.uint64)  # given to and got from each by then
         self._remote = np.zeros(world_size, dtype=bool)
         self._remote[list(remote)] = True
         self._reports = threading.Lock()  # a background thread writes what peers report
@@ -150,7 +151,8 @@ class Ledger:
             self._present[peer] = 0
             taken = self._taken[:, peer, self.rank].copy()  # as this worker knows it: the peer may write on
             self._own[:, self.rank] += self._offered[:, peer, self.rank] - taken
-            self._lost += taken - self._taken[:, self.rank, peer]
+            given, got = self._settled_at[..., peer]
+            self._lost += (taken - given) - (self._taken[:, self.rank, peer] - got)
 
     def is_present(self, peer: int) -> bool:
         """Whether the peer has not been excluded."""
@@ -183,19 +185,17 @@ class Ledger:
         untaken = ((self._offered - self._taken) * self._present[None, :, None]).sum(axis=1)
         return (self._own + np.where(self._remote, np.uint64(0), untaken)) * self._present
 
-    def settle(self, accounts: Mapping[int, Account] | None = None) -> None:
+    def settle(self, accounts: Mapping[int, Account]) -> None:
         """Take every offer that is in the accounts without merging it, and hold one `UNIT`. Part of a consensus point.
 
         A peer that has settled may offer again at once: that is not in its account, so it stays to be taken.
 
         Args:
-            accounts: Of all present workers by rank, as they were gathered there; None where all share the memory.
+            accounts: Of all present workers by rank, as they were gathered there.
         """
         me = self.rank
         with self._reports:
-            if accounts is None:
-                self._taken[:, me] = self._offered[:, me]
-            for peer, account in (accounts or {}).items():
+            for peer, account in accounts.items():
                 self._taken[:, me, peer] = account.offered[:, me]
                 if self._remote[peer]:  # which settles, too; what it offered last may not have been reported yet
                     self._offered[:, me, peer] = account.offered[:, me]
@@ -203,6 +203,7 @@ class Ledger:
                     self._own[:, peer] = UNIT
             self._own[:, me] = UNIT
             self._lost[:] = 0
+            self._settled_at = np.stack([self._offered[:, :, me], self._taken[:, me, :]])
             self.settled += 1  # what peers reported before they settled is out of date
 
     def waiting_from(self, peers: list[int]) -> np.ndarray:

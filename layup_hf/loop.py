@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 
 from .clock import ProgressClock
-from .ledger import Ledger
 from .meetings import Meetings
 from .report import show_shares
 from .sharing import SharedLoader, SharedStream, Update
@@ -44,9 +43,8 @@ class ClockedLoop(Meetings):
 
     _is_alone = False
 
-    def _start_loop(self, clock: ProgressClock, ledger: Ledger) -> None:
+    def _start_loop(self, clock: ProgressClock) -> None:
         self._start_meetings(clock)
-        self._ledger = ledger
         self._launched_as = PartialState().distributed_type
         handler = self.callback_handler
 
@@ -114,6 +112,7 @@ class ClockedLoop(Meetings):
             learning_rate=self._learning_rate,
         )
 
+        self._take_part(epoch)
         skip = call["steps_trained_in_current_epoch"] if is_first else 0
         for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
             if not self._fits(call["model"], update):
@@ -164,6 +163,7 @@ class ClockedLoop(Meetings):
                     if patience == 0:
                         self._clock.call_meeting()  # do the others come here at all?
                     self._clock.look()
+                    self._mind_members()
                     if self._clock.called:
                         self._meet()
                         patience = _PATIENCE
@@ -218,7 +218,8 @@ class ClockedLoop(Meetings):
 
     def _follow_clock(self) -> None:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
-        self._advance(self._clock.draw() // self.args.world_size)
+        self._advance(self._clock.draw() // self._workers)
+        self._mind_members()
         show_shares(self.callback_handler.callbacks, self._ledger.done)
         wants_to_meet = any(self._wishes())
         if wants_to_meet:
@@ -237,7 +238,7 @@ class ClockedLoop(Meetings):
                 if not isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
                     self.lr_scheduler.step()
                 self.state.global_step += 1
-                steps = (self.state.global_step - self._initial_global_step) * self.args.world_size
+                steps = (self.state.global_step - self._initial_global_step) * self._workers
                 epochs = self._initial_epoch + steps / self._updates_per_epoch
                 self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)

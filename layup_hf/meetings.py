@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import gather_object
 
 from .clock import ProgressClock, WorkerFailure
+from .membership import Membership
 
 
 class BatchTooLarge(RuntimeError):
@@ -23,6 +24,7 @@ class _Arrival(NamedTuple):
     purpose: str
     steps_done: int
     lacks_memory: bool = False
+    sees_applicants: bool = False
 
 
 class _Wishes(NamedTuple):
@@ -41,6 +43,9 @@ class Meetings:
     """
 
     _clock: ProgressClock | None = None
+    _membership: Membership | None = None
+    _agreed = _Wishes()  # at the meeting that is being held
+    _begins_era = False  # a new era has just begun
     _is_acting = False  # all workers evaluate or save together
 
     def _start_meetings(self, clock: ProgressClock) -> None:
@@ -75,27 +80,48 @@ class Meetings:
         self._next_epoch = self._epoch + has_ended
         mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done, lacks_memory)
         while True:
-            arrivals = self._gather(mine._replace(step=self.state.global_step))
-            if any(arrival.lacks_memory for arrival in arrivals):
-                ranks = ", ".join(str(rank) for rank, arrival in enumerate(arrivals) if arrival.lacks_memory)
-                raise BatchTooLarge(f"Rank {ranks} ran out of memory. All workers try again with smaller batches.")
-            stays = self._has_to_stay(mine, arrivals)
-            self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
-            before = self._wishes()
-            self._set_wishes(_Wishes())
-            self._advance(max(arrival.step for arrival in arrivals))
-            if self.args.process_index == 0:
-                self._clock.answer_calls()  # all are here, and nobody leaves before the next gathering
-            # What the step brings concerns all now; what this worker came with may have to wait.
-            come_due = self._wishes()
-            self._set_wishes(self._what_all_want(come_due if stays else _any_of([come_due, before])))
-            self._is_acting = True
-            self._log_evaluate_save()
-            self._is_acting = False
-            if stays:
-                self._set_wishes(_any_of([self._wishes(), before]))
-            if not stays or (until_stopped and self._is_stopped()):
-                return
+            came_with, self._agreed = self._wishes(), _Wishes()
+            try:
+                if self._hold_meeting(mine, until_stopped):
+                    return
+            except RuntimeError as error:
+                wanted = [came_with, self._agreed, self._wishes()]
+                self._is_acting = False
+                if not self._recovers_from(error):
+                    raise
+                self._set_wishes(_any_of(wanted))  # what had been agreed upon may not have been done
+
+    def _hold_meeting(self, mine: _Arrival, until_stopped: bool) -> bool:
+        """Gather once, agree and act; whether this worker may go. Collective."""
+        membership = self._membership
+        sees_applicants = membership is not None and bool(membership.applicants) and membership.leads
+        arrivals = self._gather(mine._replace(step=self.state.global_step, sees_applicants=sees_applicants))
+        if any(arrival.sees_applicants for arrival in arrivals):
+            self._regroup()
+            return False
+        if any(arrival.lacks_memory for arrival in arrivals):
+            ranks = ", ".join(str(rank) for rank, arrival in enumerate(arrivals) if arrival.lacks_memory)
+            raise BatchTooLarge(f"Rank {ranks} ran out of memory. All workers try again with smaller batches.")
+        stays = self._has_to_stay(mine, arrivals)
+        self._steps_of_all = sum(arrival.steps_done for arrival in arrivals)
+        if self._begins_era:  # with a consensus point, after which nobody has made a step
+            self._begins_era, self._agreed_at = False, self._now()
+        before = self._wishes()
+        self._set_wishes(_Wishes())
+        self._advance(max(arrival.step for arrival in arrivals))
+        if self.args.process_index == 0:
+            self._clock.answer_calls()  # all are here, and nobody leaves before the next gathering
+        # What the step brings concerns all now; what this worker came with may have to wait.
+        come_due = self._wishes()
+        self._agreed = self._what_all_want(come_due if stays else _any_of([come_due, before]))
+        self._clock.forget_calls()
+        self._set_wishes(self._agreed)
+        self._is_acting = True
+        self._log_evaluate_save()
+        self._is_acting = False
+        if stays:
+            self._set_wishes(_any_of([self._wishes(), before]))
+        return not stays or (until_stopped and self._is_stopped())
 
     def _has_to_stay(self, mine: _Arrival, arrivals: Sequence[_Arrival]) -> bool:
         """Whether this worker has to wait for another meeting."""
@@ -127,11 +153,13 @@ class Meetings:
         """One object of every worker. Collective.
 
         Raises:
-            WorkerFailure: A worker has ended meanwhile.
+            WorkerFailure: A worker has ended meanwhile, and nothing is left to go on with.
         """
         try:
             return gather_object([item])
         except RuntimeError as error:
+            if self._membership is not None:
+                raise
             message = self._clock.failure() or (
                 "A worker has ended without a word: was it killed, or out of memory? Or it has not come to a meeting "
                 "within `ddp_timeout`."

@@ -60,6 +60,22 @@ class BlockOptimizer(torch.optim.Optimizer):
             vars(inner).get(name, OrderedDict()) for name in _HOOKS
         )
 
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The inner optimizer's state of one parameter, on the CPU; empty before its first step."""
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._held(parameter)}
+
+    def set_state_of(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Give a parameter the state that another worker's optimizer has for it."""
+        group = next(g for g in self.inner.param_groups if any(parameter is p for p in g["params"]))
+        scalars_on_device = bool(group.get("fused") or group.get("capturable"))
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (value.dim() > 0 or scalars_on_device):
+                state[key] = value.to(parameter.device)
+        self.inner.state[parameter] = state
+
+    def _held(self, parameter: Tensor) -> list[tuple[str, Any]]:
+        return list(self.inner.state[parameter].items()) if parameter in self.inner.state else []
+
     def _share_groups(self) -> list[list[_Share]]:
         """Each block's part of each parameter group."""
         block_of = {id(parameter): block.index for block in self._blocks for parameter in block.parameters}

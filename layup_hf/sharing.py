@@ -127,7 +127,7 @@ class SharedLoader:
     def not_begun(self) -> list[Draw]:
         """What this worker has drawn ahead and nobody has begun."""
         mine = [d for d in self._batches.drawn if not (self._batches.gave_up and self.cursor.is_claimed(d))]
-        return [*self._taken_over, *mine]
+        return [*self._taken_over, *mine, *self.cursor.held()]
 
     def _load(self, places: list[int]) -> Any:
         """A batch, as the loader would make it."""
@@ -262,4 +262,5 @@ class SharedStream:
         return True
 
     def not_begun(self) -> list[Draw]:
-        return []
+        """What this worker has drawn ahead: it has used what it has got."""
+        return self.cursor.held()

@@ -54,7 +54,7 @@ class BlockSteps:
         return optimizer if isinstance(optimizer, BlockOptimizer) else None
 
     def _start_block_steps(self) -> None:
-        engine, optimizer, scaler = self._engine, self._block_optimizer, self.accelerator.scaler
+        optimizer, scaler = self._block_optimizer, self.accelerator.scaler
         clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
         optimizer.scaler, optimizer.keeps_gradients = (scaler, False) if clips else (None, True)
         if clips and optimizer.sees_gradients:
@@ -71,20 +71,23 @@ class BlockSteps:
             self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
         )
 
+        def merge(block: Block) -> None:
+            if self._engine is not None:  # which one it is changes with the workers
+                self._engine.merge(block)
+
         def take_block(block: Block) -> None:
-            if engine is not None:
-                engine.merge(block)
+            merge(block)
             if clips:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             optimizer.step_block(block)
-            if engine is not None:
-                engine.offer(block)
+            if self._engine is not None:
+                self._engine.offer(block)
 
         self._hooks = BlockHooks(
             self._blocks,
             on_block_ready=take_block if clips else lambda block: None,
-            before_forward=engine.merge if engine is not None else lambda block: None,
+            before_forward=merge,
             is_synchronizing=lambda: self.accelerator.sync_gradients,
         ).install()
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
-import uuid
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from torch.distributed import HashStore
+from torch.distributed import DistError
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
@@ -21,25 +20,27 @@ from transformers.utils import logging
 from . import report
 from .blocks import Block
 from .checkpoint import Checkpoints
-from .clock import ProgressClock, WorkerFailure, connect_store
+from .clock import ProgressClock, WorkerFailure
 from .config import check_data, check_model, check_options, check_runtime
 from .consensus import reach_consensus
+from .eras import Eras
 from .gossip import GossipEngine
 from .hub import HubPushes
 from .logs import Logs
 from .loop import ClockedLoop
 from .meetings import BatchTooLarge
+from .membership import STORE_LOST, StoreLost
 from .preemption import PreemptionCallback
 from .steps import BlockSteps
 from .straggler import StragglerCallback
 from .topology import PeerSampler
-from .windows import PeerWindows, SharedWindows
+from .windows import PeerWindows, open_windows
 from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
 
 
-class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedLoop):
+class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedLoop, Eras):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -76,7 +77,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
             check_options(arguments)
         self._blocks: list[Block] = []
         self._windows: PeerWindows | None = None
-        self._agreed_at = -1  # steps of all workers together at the latest consensus point
+        self._agreed_at: tuple[int, int] | None = None  # era and steps of all workers at the latest consensus point
         self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
         with self._preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
@@ -101,7 +102,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._stop_gossip()
         self._require_same_parameters()
-        self._facts = report.RunFacts(self.args.world_size, len(self._blocks))
+        self._facts = report.RunFacts(self._workers, len(self._blocks))
         if self._goes_by_clock:
             self._start_gossip()
         self._start_block_steps()
@@ -109,38 +110,61 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         return prepared
 
     def _start_gossip(self) -> None:
-        self._agreed_at = 0
-        self._masses = (1.0,) * self.args.world_size
-        rank, world_size = self.args.process_index, self.args.world_size
-        run = gather_object([uuid.uuid4().hex])[0]
-        store = connect_store(run) if world_size > 1 else HashStore()
-        clock = ProgressClock(store, start=self.state.global_step * world_size if rank == 0 else None)
+        """Begin to exchange, or get ready to when this worker joins. Collective, but for who joins later."""
+        connect = self._start_fleet()
+        store = connect()
+        sets_clock = self.args.process_index == 0 and not self._is_outside
+        clock = ProgressClock(store, start=self.state.global_step * self._workers if sets_clock else None)
+        if not self._is_outside:
+            self._open_exchange()
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
         PartialState().wait_for_everyone()  # nobody draws before the clock has been set
-        self._windows = SharedWindows.open(self._blocks, rank, lambda item: gather_object([item]))
+        self._share_work(store)
+        self._draw_ahead(clock, connect)
+        self._start_loop(clock)
+
+    def _open_exchange(self) -> None:
+        """Open windows to the present workers, and begin to count anew. Collective."""
+        rank, world_size = self.args.process_index, self.args.world_size
+        kind = getattr(self.args, "windows", "auto")
+        era = self._membership.era.number if self._membership is not None else 0
+        self._windows = open_windows(
+            kind,
+            self._blocks,
+            rank,
+            lambda item: gather_object([item]),
+            token=self._token,
+            job=self._job_name[:8] + era.to_bytes(8, "big"),
+            wire_dtype=getattr(self.args, "wire_dtype", "fp32"),
+        )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, StragglerCallback):
                 self._windows = callback.late_windows(self._windows, rank)
-        self._share_work(store)
-        self._start_loop(clock, self._windows.ledger)
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
+        self._ledger = self._windows.ledger
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
         self._engine = GossipEngine(self._blocks, self._windows, sampler)
-        self._facts = replace(self._facts, peers_per_step=sampler.count, windows="shared")
+        self._masses = (1.0,) * world_size
+        self._facts = replace(self._facts, peers_per_step=sampler.count, windows=kind)
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )
 
-    def _stop_gossip(self) -> None:
-        self._stop_loop()
-        self._stop_block_steps()
+    def _close_exchange(self) -> None:
         if self._windows is not None:
             self._windows.close()
         self._windows = self._engine = None
 
+    def _stop_gossip(self) -> None:
+        self._stop_loop()
+        self._stop_block_steps()
+        self._close_exchange()
+
     # ---- Training ----
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._plan_workers() is not None:
+            kwargs["resume_from_checkpoint"] = None  # it takes over where the others are
         self._resume(kwargs.get("resume_from_checkpoint"), kwargs.get("trial"))
         if self._minds_preemption:
             self._preemption.install()
@@ -165,6 +189,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         """What to end with: another worker's failure, where this error comes from that, or what says what to do."""
         if self._clock is None or not isinstance(error, RuntimeError) or isinstance(error, WorkerFailure):
             return error
+        if self._membership is not None:
+            return StoreLost(STORE_LOST) if isinstance(error, DistError) else error
         with contextlib.suppress(RuntimeError):  # the store may be gone, too
             if (failure := self._clock.failure()) is not None:
                 return WorkerFailure(failure)
@@ -177,22 +203,30 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
 
     def _tell_others(self, error: BaseException) -> None:
         """Leave the reason of this worker's failure with the clock, where the others find it at their next step."""
-        if self._clock is not None and not isinstance(error, WorkerFailure):
-            message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
+        if self._membership is not None:
+            self._membership.leave(f"failed: {message}")
+        elif self._clock is not None and not isinstance(error, WorkerFailure):
             with contextlib.suppress(RuntimeError):
                 self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._enduring(self._conclude)
+        self._stop_gossip()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _conclude(self) -> None:
+        """All that needs the other workers at the end of training. Collective."""
         self._reach_consensus("the end of training")
         self._ends_early = self._preemption.has_stopped
-        if self._engine is not None:
-            self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
-            staleness = sum(gather_object([self._engine.staleness]), Counter())
-            if self.is_world_process_zero():
-                tqdm.write(report.summary(self._ledger.done, staleness, self._masses))
-            self._average_loss()
-            self._stop_gossip()
-        return super()._finalize_training(*args, **kwargs)
+        if self._engine is None:
+            return
+        self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
+        staleness = sum(gather_object([self._engine.staleness]), Counter())
+        if self.is_world_process_zero():
+            tqdm.write(report.summary(self._ledger.done, staleness, self._masses))
+        self._average_loss()
+        self.store_flos()
 
     # ---- Consensus points ----
 
@@ -217,11 +251,18 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         if not self._is_acting:
             self._meet(has_ended=True, purpose=purpose)
         self._sum_tokens()
-        if self._agreed_at == self._steps_of_all:
+        if self._agreed_at == self._now():
             return  # an evaluation and a save after the same step share one consensus point
-        self._agreed_at = self._steps_of_all
+        self._agree_on_model()
+
+    def _now(self) -> tuple[int, int]:
+        return self._membership.era.number if self._membership is not None else 0, self._steps_of_all
+
+    def _agree_on_model(self) -> None:
+        """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
         self._require_same_parameters()
-        consensus = reach_consensus(self._blocks, self._ledger)
+        consensus = reach_consensus(self._blocks, self._ledger if self._engine is not None else None)
+        self._agreed_at = self._now()
         self._masses = consensus.mass_by_worker
         self._facts = replace(
             self._facts, done=tuple(self._ledger.done.tolist()), consensus_distance=consensus.distance

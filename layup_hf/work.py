@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class WorkSharing:
         """With several workers; and for one that goes on where several were, as only then it knows what is left."""
         resumed = self._resumed
         was_alone = resumed is None or (resumed.workers == 1 and resumed.position is None)
-        return self.args.world_size > 1 or not was_alone
+        return self._workers > 1 or not was_alone
 
     @property
     def _shares_batches(self) -> bool:
@@ -68,7 +69,7 @@ class WorkSharing:
                 return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         with _nothing_prepared(self.accelerator):
             loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        rank, world_size = self.args.process_index, self.args.world_size
+        rank, world_size = self.args.process_index, self._workers
         accumulation = self.args.gradient_accumulation_steps
         if isinstance(loader.dataset, IterableDataset):
             return SharedStream(loader, accumulation, rank, world_size)
@@ -90,7 +91,7 @@ class WorkSharing:
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """As the Trainer's, with epochs and steps of all workers together."""
-        self._train_loader, workers = dataloader, args.world_size
+        self._train_loader, workers = dataloader, self._workers
         is_shared = self._shared_loader is not None
         if self._shares_batches and not is_shared:
             logger.warning(
@@ -132,7 +133,7 @@ class WorkSharing:
 
         They were if there were other workers or batches, in this checkpoint or in one before it.
         """
-        resumed, workers = self._resumed, self.args.world_size
+        resumed, workers = self._resumed, self._workers
         left = (self.args.num_train_epochs - resumed.epoch) * self._updates_per_epoch
         end = resumed.global_step + max(0, math.ceil(round(left / workers, 6)))
         if resumed.workers == workers:
@@ -152,6 +153,8 @@ class WorkSharing:
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args
         )
         resumed, position = self._resumed, self.state.stateful_callbacks.pop(POSITION, None)
+        if self._is_outside:
+            return int(self.args.job_to_join.connect().get("epoch")), 0
         if not self._goes_by_clock or resumed is None:
             return epochs_trained, skip
         if resumed.global_step >= max_steps:
@@ -169,8 +172,8 @@ class WorkSharing:
             self._position = None if self.args.ignore_data_skip else position
             return position["epoch"], 0
         shards = (position or {}).get("shards", [])
-        skip = updates // self.args.world_size * self.args.gradient_accumulation_steps
-        if len(shards) == self.args.world_size:
+        skip = updates // self._workers * self.args.gradient_accumulation_steps
+        if len(shards) == self._workers:
             epochs_trained, skip = shards[self.args.process_index]
         if epochs_trained >= num_train_epochs:  # only this worker's shard has been used: it comes along for the rest
             epochs_trained, skip = num_train_epochs - 1, sys.maxsize
@@ -178,10 +181,18 @@ class WorkSharing:
 
     def _share_work(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""
-        loader = self._shared_loader
-        if loader is not None:
-            rank, world_size = self.args.process_index, self.args.world_size
-            loader.cursor = Cursor(store, rank, world_size, self._position, most=self._least_update)
+        loader, membership = self._shared_loader, self._membership
+        if loader is None:
+            return
+        plan = {"position": self._position, "most": self._least_update}
+        if self._is_outside:
+            plan = json.loads(store.get("plan"))
+        elif membership is not None and self.args.process_index == 0:
+            store.set("plan", json.dumps(plan))
+        members = membership.present if membership is not None else None
+        loader.cursor = Cursor(store, self.args.process_index, self._workers, **plan, members=members)
+        if membership is not None:
+            loader.cursor.name = membership.member
 
     def _keep_position(self) -> None:
         """Note in the Trainer's state, for a checkpoint, where in the data all workers are. Collective."""

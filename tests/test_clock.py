@@ -10,7 +10,8 @@ from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.clock import ProgressClock, WorkerFailure, connect_store
+from layup_hf.clock import ProgressClock, WorkerFailure
+from layup_hf.store import connect_store
 
 
 def clocks(workers, start=0, store=None):
@@ -180,7 +181,7 @@ def test_a_launcher_that_does_not_say_where_the_store_is_is_refused(name, launch
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch):
     quickly = partial(dist.TCPStore, timeout=timedelta(milliseconds=100))
-    monkeypatch.setattr("layup_hf.clock.TCPStore", lambda *args, timeout, **options: quickly(*args, **options))
+    monkeypatch.setattr("layup_hf.store.TCPStore", lambda *args, timeout, **options: quickly(*args, **options))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):

@@ -1,0 +1,92 @@
+"""The process group of an era: formed from whoever is there, and broken when it cannot go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from datetime import timedelta
+
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from torch.distributed import PrefixStore, Store
+from torch.distributed import distributed_c10d as c10d
+
+_FORMING = timedelta(seconds=60)
+
+
+class Group:
+    """The default process group of torch, for the members of one era.
+
+    torch's gloo has no way to end a collective that waits for a frozen peer (`abort()` leaves it waiting, and a
+    time-out must be long where one worker may be slow), so `abort` shuts the group's own sockets down: every
+    collective of it then raises at once.
+
+    Args:
+        store: The store of the job.
+        era: Number of the era.
+        rank: This worker.
+        world_size: Number of members.
+        timeout: How long a collective waits for the slowest worker.
+
+    Raises:
+        RuntimeError: A member cannot be reached.
+    """
+
+    def __init__(self, store: Store, era: int, rank: int, world_size: int, timeout: timedelta) -> None:
+        backend = PartialState().backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        before = _connected_sockets()
+        torch.distributed.init_process_group(
+            backend, store=PrefixStore(f"group/{era}", store), rank=rank, world_size=world_size, timeout=_FORMING
+        )
+        torch.distributed.barrier()  # connections are made by now
+        c10d._set_pg_timeout(timeout)
+        self._sockets = {name: place for name, place in _connected_sockets().items() if name not in before}
+        _tell_accelerate(rank, world_size, backend)
+
+    def abort(self) -> None:
+        """Let every collective of this group raise, in whichever thread it waits. Idempotent, for any thread."""
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+            c10d._abort_process_group()
+            return
+        for name, place in self._sockets.items():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{place}") == name:  # still the same one
+                    with socket.socket(fileno=os.dup(place)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
+def is_of_group(error: BaseException) -> bool:
+    """Whether an error says that a collective could not be completed, and not that something is wrong with its use."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.distributed.DistError) or "gloo" in str(seen).lower():
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _connected_sockets() -> dict[str, int]:
+    """Descriptor of each connected socket of this process, by the name that Linux gives it."""
+    found = {}
+    for place in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/self/fd/{place}")
+            if not name.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(place))) as connection:
+                if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    found[name] = int(place)
+    return found
+
+
+def _tell_accelerate(rank: int, world_size: int, backend: str) -> None:
+    """Let accelerate and the Trainer see the members of this era as the processes of the run."""
+    several = DistributedType.MULTI_GPU if backend == "nccl" else DistributedType.MULTI_CPU
+    for state in (PartialState(), *([AcceleratorState()] if AcceleratorState._shared_state else [])):
+        state.num_processes, state.process_index, state.backend = world_size, rank, backend
+        if state.distributed_type == DistributedType.NO:
+            state.distributed_type = several
