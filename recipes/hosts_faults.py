@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -119,15 +120,12 @@ def faults(options: argparse.Namespace) -> None:
     name = f"hosts-faults-{options.hosts}"
     file = options.folder / f"{name}.json"
     results = json.loads(file.read_text()) if file.exists() else []
-    wanted = [
-        (case, seed)
-        for case in options.cases or CASES
-        for seed in range(min(options.times, 5 if case == "none" else 999))
-    ]
+    cases = list(dict.fromkeys(["none", *(options.cases or CASES)]))  # which says how long a run takes
+    wanted = [(case, seed) for case in cases for seed in range(min(options.times, 5 if case == "none" else 999))]
     wanted.sort(key=lambda item: (item[0] != "none", item[1]))  # so that a stopped series has all cases equally often
     missing = [item for item in wanted if not any((r["case"], r["seed"]) == item for r in results)]
     for case, seed in tqdm(missing, desc="runs", unit="run"):
-        typical = [r["seconds"] for r in results if r["case"] == "none" and r["ok"]]
+        typical = [r["seconds"] for r in results if r["case"] == "none" and r["seconds"]]
         result = one(options, case, seed, statistics.median(typical) if typical else 30.0)
         results.append(result)
         write(options.folder, name, results)
@@ -163,6 +161,8 @@ def one(options: argparse.Namespace, case: str, seed: int, typical: float) -> di
         survivors = [n for n in range(options.hosts) if not (fault.lost and n in victims)]
         deadline = time.time() + (PATIENCE if not problems else 0)
         while time.time() < deadline and any(is_running(run, n) for n in survivors):
+            if any(run.launchers[n].poll() for n in survivors):
+                deadline = min(deadline, time.time() + LAUNCHER_PATIENCE)  # it has failed: do not wait for the others
             time.sleep(0.2)
         ended = time.time()
         while time.time() < ended + LAUNCHER_PATIENCE and any(run.launchers[n].poll() is None for n in survivors):
@@ -228,8 +228,9 @@ def find_problems(
     for n in survivors:
         if ends[n] is None:
             log = (folder / f"log-{n}.txt").read_text(errors="replace")
-            lines = [line for line in log.splitlines() if "Error" in line or "not conserved" in line]
-            problems.append(f"host {n} did not finish: {' / '.join(lines[-3:])}")
+            errors = [line for line in log.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]*Error\b", line)]
+            own = [line for line in errors if "ChildFailedError" not in line]  # that is the launcher's
+            problems.append(f"host {n} did not finish: {own[-1][:300] if own else 'no error in its log'}")
         elif codes[n] not in (0, None):
             problems.append(f"host {n} ended with exit code {codes[n]}")
     if not any(list(folder.glob(f"model-{n}/*.safetensors")) for n in survivors):

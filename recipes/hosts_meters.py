@@ -89,6 +89,7 @@ class Samples(threading.Thread):
                 "seconds": time.monotonic() - self.start_time,
                 "pss": PeakMemory._proportional_set_size(),
                 "rss": int(values["VmRSS"]) * 1024,
+                "own": (int(values["RssAnon"]) + int(values["RssShmem"])) * 1024,
                 "threads": int(values["Threads"]),
                 "descriptors": len(list(Path("/proc/self/fd").iterdir())),
             }
