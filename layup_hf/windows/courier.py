@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_EVERY = 0.005  # seconds between two looks at whether a peer waits to hear of an exchange
 _STEPS_EVERY = 0.1  # seconds between two reports of nothing but steps and masses
-_WHOLE_EVERY = 2.0  # seconds between two reports of everything, whether it has changed or not
+_WHOLE_EVERY = 1.0  # seconds between two reports of everything, whether it has changed or not
 
 
 class Courier:
@@ -127,14 +127,14 @@ class Courier:
         try:
             if self._serving.layout.device.type == "cuda":
                 torch.cuda.set_device(self._serving.layout.device)
-            while not self._stop.wait(self._pace.delay(self._round())):
+            while not self._stop.wait(self._pace.delay(*self._round())):
                 pass
         except BaseException as error:
             self._failure = error
             logger.exception("LayUp: the exchange with other hosts has failed; this worker goes on without.")
 
-    def _round(self) -> bool:
-        """Do whatever can be done now. Returns whether something is under way."""
+    def _round(self) -> tuple[bool, bool]:
+        """Do whatever can be done now. Returns whether anything has come or gone, and whether anything is under way."""
         now = time.monotonic()
         under_way = any(peer.request is not None for peer in self._peers.values())
         if under_way:
@@ -154,12 +154,14 @@ class Courier:
                 peer.whole_at = 0.0
         for peer in self._peers.values():
             self._attempt(peer, self._serve)
+            if peer.request is not None and peer.is_silent(now) and now - peer.asked_at > _WHOLE_EVERY:
+                self._let_go(peer)
             if not peer.is_connected and not peer.is_excluded and now >= peer.retry_at:
                 self._reconnect(peer)
         if self._pace.may_start:
             self._ask()
         self._report(now)
-        return moved or under_way or any(peer.write is not None for peer in self._peers.values())
+        return moved, under_way or any(peer.write is not None for peer in self._peers.values())
 
     def _attempt(self, peer: Peer, action: Callable[[Peer], None]) -> None:
         """Do something that fails if the peer has gone or cannot be reached."""
@@ -188,7 +190,7 @@ class Courier:
             if known.sequence <= peer.heard:
                 raise wire.RefusedError("sequence")
             self._act(peer, known.content)
-            peer.heard = known.sequence
+            peer.heard, peer.heard_at = known.sequence, time.monotonic()
         except wire.RefusedError as refusal:
             reason, rank = str(refusal), -1 if sender is None else sender.rank
             self.refused[reason] += 1
@@ -248,7 +250,8 @@ class Courier:
             self._told[0, :, column], self._told[1, :, column] = blocks["offered"], blocks["taken"]
             if is_whole:
                 peer.whole_at = now + _WHOLE_EVERY
-                self._attempt(peer, self._repeat_request)
+                if now - peer.asked_at > _WHOLE_EVERY:
+                    self._attempt(peer, self._send_request)
 
     # ---- Blocks ----
 
@@ -264,7 +267,7 @@ class Courier:
             slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
             peer.request = slot
             idle.remove(peer.rank)
-            self._attempt(peer, self._repeat_request)
+            self._attempt(peer, self._send_request)
             slot = self._staging.take_free() if idle else None
         if slot is not None:
             self._staging.give_back(slot)
@@ -281,18 +284,18 @@ class Courier:
         ]
         return min(choices)[3:] if choices else None
 
-    def _repeat_request(self, peer: Peer) -> None:
+    def _send_request(self, peer: Peer) -> None:
+        """Ask for the first time or again: the peer knows requests by their numbers."""
         slot = peer.request or peer.aside
         if slot is not None:
+            peer.asked_at = time.monotonic()
             address, device = slot.buffer.data_ptr(), self._transport.device_number
             self._send(peer, wire.Request(slot.number, slot.block, address, device, slot.key))
 
     def _arrived(self, peer: Peer, slot: Slot) -> None:
         if slot is peer.aside:
-            peer.aside = None
-            self._staging.drop(slot)
-            return
-        peer.request = None
+            self._staging.take_back(slot)
+        peer.request = peer.aside = None
         self._bytes += self._serving.layout.num_bytes[slot.block]
         if slot.settled == self._ledger.settled:
             self._staging.ready[peer.rank, slot.block] = slot
@@ -300,7 +303,7 @@ class Courier:
             self._staging.give_back(slot)
 
     def _serve(self, peer: Peer) -> None:
-        if (answer := self._serving.advance(peer)) is not None:
+        if (answer := self._serving.advance(peer, self._looked)) is not None:
             self._send(peer, answer)
 
     # ---- Peers that come and go ----
@@ -319,10 +322,10 @@ class Courier:
         peer.wait_before_retry(time.monotonic())
 
     def _let_go(self, peer: Peer) -> None:
-        """The peer may write what it was asked for at any time, or never: do not use that memory again."""
+        """The peer may write what it was asked for at any time, or never: do not use that memory, but go on."""
         if peer.request is not None:
             peer.aside, peer.request = peer.request, None
-            self._staging.put_aside(peer.aside)
+            self._staging.replace(peer.aside)
 
     def _disconnect(self, peer: Peer) -> None:
         peer.is_connected = False
@@ -341,7 +344,7 @@ class Courier:
             return
         peer.is_connected = True
         peer.whole_at = 0.0
-        self._attempt(peer, self._repeat_request)
+        self._attempt(peer, self._send_request)
 
     def _drop(self, peer: Peer) -> None:
         """Have no more to do with a peer."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 BUDGET = 0.03
 """Share of the wall time that the exchange may take of a processor that training needs, too."""
 
-_BUSY, _IDLE = 0.001, 0.01  # seconds between two looks: something is under way; nothing has been for a while
+_BUSY, _WAITING, _IDLE = 0.001, 0.005, 0.01  # seconds between two looks: things move; something is to come; nothing is
 _BURST = 0.05  # seconds of processor time that may be saved up
 _LONGEST = 0.25  # seconds: however much has been overdrawn, messages are looked for this often
 
@@ -30,26 +30,32 @@ class Pace:
     ) -> None:
         self._budget, self._clock, self._used = budget, clock, used
         self._saved = _BURST
-        self._last: tuple[float, float] | None = None
+        self._last = (clock(), 0.0)
         self._delay = _BUSY
 
     @property
     def may_start(self) -> bool:
         """Whether there is time left for one more block."""
+        self._count()
         return self._budget is None or self._saved > 0
 
-    def delay(self, active: bool) -> float:
+    def delay(self, moved: bool, expects: bool) -> float:
         """Seconds to sleep now.
 
         Args:
-            active: Whether something is under way.
+            moved: Whether something has just come or gone.
+            expects: Whether something is under way.
         """
-        now, used = self._clock(), self._used()
-        if self._budget is not None and self._last is not None:
-            wall, processor = now - self._last[0], used - self._last[1]
-            self._saved = min(self._saved + self._budget * wall - processor, _BURST)
-        self._last = (now, used)
-        self._delay = _BUSY if active else min(self._delay * 1.5, _IDLE)
+        self._count()
+        self._delay = _BUSY if moved else min(self._delay * 1.1, _WAITING if expects else _IDLE)
         if self._budget is None or self._saved > 0:
             return self._delay
         return min(max(-self._saved / self._budget, self._delay), _LONGEST)
+
+    def _count(self) -> None:
+        """Add what the time since the last call was worth, and take off what has been used."""
+        now, used = self._clock(), self._used()
+        if self._budget is not None:
+            earned = self._budget * (now - self._last[0])
+            self._saved = min(self._saved + earned - (used - self._last[1]), _BURST)
+        self._last = (now, used)

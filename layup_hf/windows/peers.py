@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from . import wire
 from .staging import Slot
 
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 8.0  # seconds
+_PATIENCE = 3.0  # seconds
 
 
 @dataclass(eq=False)
@@ -29,11 +31,14 @@ class Peer:
         told, told_scalars: What it has last been told of each block, and of this worker.
         steps_at, whole_at: When to report steps, and when to report everything, at the latest.
         requests: Number of the last request to it.
+        asked_at: When that was sent.
+        heard_at: When the last message from it came.
         request: The slot that it has been asked to write.
-        aside: The slot that it had been asked to write when it was lost.
+        aside: The same, if it has been lost or silent since, so that another slot stands in for it.
         wanted: What it asks for, until that has been written.
         wanted_number: Number of the last request from it.
         write: Handle of the write to it that is under way.
+        buffer: What that goes out from, if another buffer stands in for it.
         keys: Memory of it that this worker can write to.
     """
 
@@ -53,12 +58,19 @@ class Peer:
     steps_at: float = 0.0
     whole_at: float = 0.0
     requests: int = 0
+    asked_at: float = 0.0
+    heard_at: float = 0.0
     request: Slot | None = None
     aside: Slot | None = None
     wanted: wire.Request | None = None
     wanted_number: int = 0
     write: Any = None
+    buffer: Tensor | None = None
     keys: set[bytes] = field(default_factory=set)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it may be frozen, or its connection cut: a worker reports at least every second."""
+        return now - self.heard_at > _PATIENCE
 
     @property
     def is_idle(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class Serving:
     """Answers one request of each peer at a time.
 
     A block that goes as it is goes from where it lies, live. One that is converted goes through a buffer of the size
-    of the largest block, for one peer after the other.
+    of the largest block, for one peer after the other. A peer that falls silent keeps the buffer that it is being
+    written from, and another stands in for it.
 
     Args:
         layout: How blocks lie in the peers' slots.
@@ -33,8 +35,12 @@ class Serving:
         self._converted: torch.cuda.Event | None = None
         self._abandoned: list[tuple[Any, torch.Tensor | None]] = []
 
-    def advance(self, peer: Peer) -> Answer | None:
+    def advance(self, peer: Peer, now: float) -> Answer | None:
         """Begin, go on with, or finish what the peer has asked for; gives the answer when it has been written.
+
+        Args:
+            peer: Connected.
+            now: Seconds of the monotonic clock.
 
         Raises:
             Exception: The peer cannot be written to.
@@ -44,21 +50,26 @@ class Serving:
         if wanted is None:
             return None
         if peer.write is None:
-            peer.write = self._begin(peer)
+            peer.write = self._begin(peer, now)
         if peer.write is None or not self._transport.is_written(peer.write):
             return None
         self._transport.release(peer.write)
         peer.write = peer.wanted = None
         if self._holder is peer:
             self._holder = None
+        if peer.buffer is not None:
+            self._transport.forget(peer.buffer)
+            peer.buffer = None
         return Answer(wanted.number, wanted.block)
 
-    def _begin(self, peer: Peer) -> Any:
+    def _begin(self, peer: Peer, now: float) -> Any:
         wanted, layout = peer.wanted, self.layout
         source = layout.live_pieces(wanted.block)
         if self._buffer is not None:
-            if self._holder not in (None, peer) or (self._holder is None and not self._convert(peer)):
+            if self._holder not in (None, peer) and not self._leave_behind(self._holder, now):
                 return None
+            if self._holder is None:
+                self._convert(peer)
             if self._converted is not None and not self._converted.query():
                 return None
             source = layout.pieces(self._buffer.data_ptr(), wanted.block)
@@ -67,7 +78,17 @@ class Serving:
             peer.keys.add(wanted.key)
         return self._transport.write(peer.name, source, layout.pieces(wanted.address, wanted.block), wanted.device)
 
-    def _convert(self, peer: Peer) -> bool:
+    def _leave_behind(self, peer: Peer, now: float) -> bool:
+        """Take another buffer than the one from which a peer is being written to, if that peer is silent."""
+        if not peer.is_silent(now):
+            return False
+        self._holder = None
+        if peer.write is not None:
+            peer.buffer, self._buffer = self._buffer, self.layout.new_buffer()
+            self._transport.register([self._buffer])
+        return True
+
+    def _convert(self, peer: Peer) -> None:
         """Put the live block into the buffer, as it is to be on its way."""
         block = peer.wanted.block
         self._holder = peer
@@ -76,19 +97,14 @@ class Serving:
         if self._buffer.is_cuda:
             self._converted = torch.cuda.Event()
             self._converted.record()
-        return True
 
     def cancel(self, peer: Peer) -> None:
         """Write no more to a peer. What is under way may still go on for a while: leave its memory alone until then."""
-        buffer = None
         if self._holder is peer:
-            self._holder = None
-            if peer.write is not None:
-                buffer, self._buffer = self._buffer, self.layout.new_buffer()
-                self._transport.register([self._buffer])
+            self._leave_behind(peer, math.inf)
         if peer.write is not None:
-            self._abandoned.append((peer.write, buffer))
-            peer.write = None
+            self._abandoned.append((peer.write, peer.buffer))
+            peer.write = peer.buffer = None
 
     def _clear_abandoned(self) -> None:
         for item in list(self._abandoned):

@@ -125,10 +125,19 @@ class Staging:
 
     def __init__(self, layout: Layout, transport: Transport, count: int = 2) -> None:
         self._layout, self._transport = layout, transport
-        self._free = deque(Slot(layout, transport) for _ in range(count))
+        self._count = count
+        self._slots: set[Slot] = set()
+        self._aside: set[Slot] = set()
+        self._free: deque[Slot] = deque()
         self.ready: dict[tuple[int, int], Slot] = {}  # by peer and block
         self._taken: dict[tuple[int, int], Slot] = {}
-        self._aside: set[Slot] = set()
+        for _ in range(count):
+            self._add()
+
+    def _add(self) -> None:
+        slot = Slot(self._layout, self._transport)
+        self._slots.add(slot)
+        self._free.append(slot)
 
     def holds(self) -> set[tuple[int, int]]:
         """(peer, block) of all that has come and has not been given back."""
@@ -138,9 +147,13 @@ class Staging:
         """For the courier: a slot that nobody uses, if there is one now."""
         for _ in range(len(self._free)):
             slot = self._free.popleft()
-            if slot.is_idle:
+            if not slot.is_idle:
+                self._free.append(slot)
+            elif len(self._slots) - len(self._aside) > self._count:  # it stood in for one that is back
+                self._slots.remove(slot)
+                self._transport.forget(slot.buffer)
+            else:
                 return slot
-            self._free.append(slot)
         return None
 
     def give_back(self, slot: Slot) -> None:
@@ -153,15 +166,14 @@ class Staging:
             if (peer is None or key[0] == peer) and (slot := self.ready.pop(key, None)) is not None:
                 self.give_back(slot)
 
-    def put_aside(self, slot: Slot) -> None:
-        """A peer that has been asked to write the slot may still do so, nobody knows when: take a new one instead."""
+    def replace(self, slot: Slot) -> None:
+        """Let a new slot stand in for one that a silent or lost peer was asked to write: who knows when it does."""
         self._aside.add(slot)
-        self._free.append(Slot(self._layout, self._transport))
+        self._add()
 
-    def drop(self, slot: Slot) -> None:
-        """What was put aside has been written after all: free its memory."""
+    def take_back(self, slot: Slot) -> None:
+        """A slot that has been replaced has been written after all."""
         self._aside.remove(slot)
-        self._transport.forget(slot.buffer)
 
     def take_ready(self, peer: int, block: int) -> Slot | None:
         """For the training thread: what has come, until `release`."""
@@ -187,6 +199,5 @@ class Staging:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all slots, also of those put aside."""
-        slots = {*self._free, *self.ready.values(), *self._taken.values(), *self._aside}
-        return sum(slot.buffer.nbytes for slot in slots)
+        """Memory of all slots, also of those that have been replaced and may still be written."""
+        return sum(slot.buffer.nbytes for slot in self._slots)
