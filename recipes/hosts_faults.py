@@ -41,6 +41,7 @@ class Case:
         victims: How many hosts it happens to.
         lost: Whether these hosts' workers are expected to be gone.
         first: Whether it happens to rank 0; otherwise to others at random.
+        returns: Whether these hosts' launches are repeated.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Case:
     victims: int = 1
     lost: bool = False
     first: bool = False
+    returns: bool = False
 
 
 def _kill(run: HostsRun, victims: list[int]) -> None:
@@ -109,7 +111,7 @@ CASES = {
     "loss": Case("2 % of all packets lost, to the end", _lose),
     "slow": Case("one link drops to 1 Mbit/s, to the end", _slow),
     "machine": Case("a whole machine lost", _lose_machine, lost=True),
-    "rejoin": Case("SIGKILL of one, its launch repeated", _kill_and_restart),
+    "rejoin": Case("SIGKILL of one, its launch repeated", _kill_and_restart, returns=True),
 }
 
 
@@ -141,8 +143,8 @@ def one(options: argparse.Namespace, case: str, seed: int, typical: float) -> di
     fault, others = CASES[case], list(range(1, options.hosts))
     victims = [0] if fault.first else sorted(draw.sample(others, fault.victims))
     folder = Path(tempfile.mkdtemp(prefix="hosts-faults-"))
-    # Long enough for a frozen worker to come back before the others have ended.
-    halves = 2 + 2 * (1 + round(FAULT_SECONDS / typical)) if fault.mend else 2
+    # Long enough for a worker to come back before the others have ended; a launch takes a quarter of a minute.
+    halves = 2 + 2 * (1 + round(FAULT_SECONDS / typical)) if fault.mend or fault.returns else 2
     steps = options.steps // 2 * halves
     with Lab(options.hosts, options.rates[0]) as lab:
         run = HostsRun(lab, folder, "train", train_arguments(options, seed, steps))

@@ -217,7 +217,7 @@ def train(bench: Bench) -> None:
         "median_step": statistics.median(b - a for a, b in itertools.pairwise(meter.times)),
         "parameter_bytes": 4 * trainer.model.num_parameters(),
         "peak_bytes": memory.bytes,
-        "digest": sum(float(p.double().sum()) for p in trainer.model.parameters()),
+        "digest": sum(float(p.detach().double().sum()) for p in trainer.model.parameters()),
     }
     (options.folder / f"worker-{options.host}.json").write_text(json.dumps(result))
 
