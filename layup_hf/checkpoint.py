@@ -79,6 +79,7 @@ class Checkpoints:
 
     _resumed: Resumed | None = None
     _aside: str | None = None  # where a checkpoint is being written
+    _has_warned_of_folder = False
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
@@ -88,7 +89,7 @@ class Checkpoints:
         folder = Path(output_dir)
         with self._writing_aside(folder):
             super()._save_checkpoint(model, trial)
-        self._gather(None)  # all have written
+        self._require_shared_folder(folder / UNFINISHED / name)
         best, written = self._best_of(output_dir), self.state.best_model_checkpoint
         self.state.best_model_checkpoint = best
         if self.args.should_save:
@@ -100,6 +101,20 @@ class Checkpoints:
         if self.args.should_save and (self.args.save_total_limit or 0) > 0:
             _rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
+
+    def _require_shared_folder(self, aside: Path) -> None:
+        """Once all have written, see whether rank 0 has it all; say so if not, and clear away the rest. Collective."""
+        written = self._gather(set(os.listdir(aside)) if aside.is_dir() else set())
+        apart = [rank for rank, files in enumerate(written) if not files <= written[0]]
+        if self.args.process_index in apart and not self.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        if apart and self.is_world_process_zero() and not self._has_warned_of_folder:
+            self._has_warned_of_folder = True
+            logger.warning(
+                f"The output directory of rank {', '.join(map(str, apart))} is not that of rank 0, so the checkpoints "
+                "have the optimizer and random states of the others alone, and these workers resume with rank 0's. A "
+                "file system that all machines share keeps them all."
+            )
 
     def _best_of(self, output_dir: str) -> str | None:
         """The best checkpoint, under the name that the Trainer gives it; it looks where this one is being written."""

@@ -45,7 +45,7 @@ class Consensus:
 
 
 @torch.no_grad()
-def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None) -> Consensus:
+def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool = False) -> Consensus:
     """Replace every worker's model by the mass-weighted mean of all, block by block. Collective.
 
     The mean counts each worker with its effective mass, so offers that were not yet taken are not lost; they are
@@ -54,8 +54,9 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None) -> Consensus
 
     Args:
         blocks: The model's blocks.
-        ledger: What this worker has written down; None for one that has just joined and has no mass yet. All others
-            that are not here must have been excluded from it.
+        ledger: What this worker has written down; None if it has just agreed with others and exchanged nothing since.
+            All workers that are not here must have been excluded from it.
+        is_new: This worker has just joined: it has no mass yet, and takes over the mean of the others.
 
     Raises:
         RuntimeError: Mass was not conserved.
@@ -63,8 +64,9 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None) -> Consensus
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # merges may still be queued that read what a peer is about to change
     PartialState().wait_for_everyone()  # nobody gossips from here on
-    reports = gather_object([None if ledger is None else (ledger.rank, ledger.account())])
-    accounts: dict[int, Account] = dict(report for report in reports if report is not None)
+    mine = (-1, None) if ledger is None else (ledger.rank, ledger.account())
+    reports = gather_object([None if is_new else mine])
+    accounts: dict[int, Account] = dict(report for report in reports if report is not None and report[1] is not None)
     masses = _masses(reports, accounts, len(blocks))
     totals = masses.sum(dim=0)
 
@@ -89,13 +91,14 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None) -> Consensus
     )
 
 
-def _masses(reports: list[tuple[int, Account] | None], accounts: dict[int, Account], num_blocks: int) -> Tensor:
+def _masses(reports: list[tuple[int, Account | None] | None], accounts: dict[int, Account], num_blocks: int) -> Tensor:
     """Effective mass of every worker on every block, int64 of shape (workers, blocks); it must be accounted for.
 
     Raises:
         RuntimeError: It is not.
     """
-    if len({account.settled for account in accounts.values()}) > 1:
+    agreed = {report[1].settled if report[1] is not None else None for report in reports if report is not None}
+    if len(agreed) > 1 or None in agreed:
         # Somebody died during the last consensus point: for some it has ended, the others have all of its means.
         return torch.tensor([[0 if report is None else UNIT] * num_blocks for report in reports])
     ranks = sorted(accounts)

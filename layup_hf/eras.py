@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import os
@@ -61,6 +60,7 @@ class Eras:
     _group: Group | None = None
     _planned: int | None = None
     _is_outside = False  # this worker is yet to join a running job
+    _is_new = False  # this worker does not have the others' model yet
     _exchanging: tuple[str, ...] = ()  # the members that the ledger is of, in the order of their ranks in it
     _clock: ProgressClock | None
 
@@ -73,7 +73,7 @@ class Eras:
         """Find out, at the beginning of training, whether it is to be joined; the job if so."""
         job = getattr(self.args, "job_to_join", None)
         self._planned = job.workers if job is not None else self.args.world_size
-        self._is_outside = job is not None
+        self._is_outside = self._is_new = job is not None
         if job is not None and not getattr(self.args, "shared_batches", True):
             raise ValueError(
                 "`shared_batches=False` and joining a running job exclude each other: the shards of the data have been "
@@ -104,7 +104,6 @@ class Eras:
         self._job_name = hashlib.sha256(self._token + (job.run.encode() if job else b"")).digest()[:16]
         if lease is not None and self._workers > 1:
             self._membership = Membership(connect, lease, self._token, on_broken=self._break_group)
-            atexit.register(self._membership.leave)
             self._store = connect()
             if not self._is_outside:
                 roster = gather_object([self._membership.member])
@@ -205,7 +204,7 @@ class Eras:
     def _do_without(self, rank: int, why: str) -> None:
         self._done_without.add(rank)
         if self._engine is not None:
-            getattr(self._engine, 'exclude', self._ledger.exclude)(rank)
+            self._engine.exclude(rank)
         logger.warning(f"LayUp: a worker {why}. The others go on; what it was offered and has not taken is taken back.")
 
     def _enduring(self, action: Callable[[], T]) -> T:
@@ -231,7 +230,7 @@ class Eras:
         """Form a new era of all that are left, with who has asked to join. Collective."""
         while True:
             try:
-                era = self._membership.assemble()
+                era = self._membership.assemble(admits=self._clock is not None)
             except Fenced:
                 return self._come_back()
             if self._begins(era):
@@ -244,6 +243,8 @@ class Eras:
             "learnt and the others had not taken is lost."
         )
         self._close_exchange()
+        self._is_new = True
+        self._forget_wishes()
         self._enter()
 
     def _enter(self) -> None:
@@ -266,15 +267,16 @@ class Eras:
         for rank, member in enumerate(self._exchanging if self._engine is not None else ()):
             if member not in era.roster and rank not in self._done_without:
                 self._do_without(rank, f"has left: rank {rank} is not in the next era")
-        is_new = self._engine is None
         tokens_lost = self._tokens_of_gone()
         self._form_group(era)
         self._take_roles()
+        if self._clock is None:
+            return  # training has ended: there is one model, and nothing to exchange
         self._initial_num_input_tokens_seen += tokens_lost
         if self._shared_loader is not None:
             self._shared_loader.cursor.name = self._membership.member
         if era.joined:
-            self._share_run(era, is_new)
+            self._share_run()
         self._agree_on_model()
         self._close_exchange()
         self._open_exchange()
@@ -313,7 +315,7 @@ class Eras:
                 callback.on_train_begin(self.args, self.state, self.control)
                 callback.on_step_end(self.args, self.state, self.control)
 
-    def _share_run(self, era: Era, is_new: bool) -> None:
+    def _share_run(self) -> None:
         """Give those who join what they cannot know. Collective."""
         run = [
             {
@@ -323,7 +325,7 @@ class Eras:
             }
         ]
         broadcast_object_list(run, from_process=0)
-        if is_new:
+        if self._is_new:
             for name, value in run[0]["state"].items():
                 setattr(self.state, name, value)
             vars(self).update(run[0]["places"])

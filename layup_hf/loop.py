@@ -218,7 +218,7 @@ class ClockedLoop(Meetings):
 
     def _follow_clock(self) -> None:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
-        self._advance(self._clock.draw() // self._workers)
+        self._advance(self._clock.draw() // self._workers, stops_at_wish=True)
         self._mind_members()
         show_shares(self.callback_handler.callbacks, self._ledger.done)
         wants_to_meet = any(self._wishes())
@@ -229,8 +229,13 @@ class ClockedLoop(Meetings):
         elif self.control.should_log:
             self._log_evaluate_save()
 
-    def _advance(self, step: int) -> None:
-        """Let `global_step` catch up with the clock, with all that goes by it."""
+    def _advance(self, step: int, stops_at_wish: bool = False) -> None:
+        """Let `global_step` catch up with the clock, with all that goes by it.
+
+        Args:
+            step: What the clock says.
+            stops_at_wish: Go no further than to a step that brings something for which all have to meet.
+        """
         if self._ends_with_data and not self._data_has_ended:
             step = min(step, self.state.max_steps - 1)  # the last one ends training: not before all data have been used
         with self._alone():
@@ -242,6 +247,8 @@ class ClockedLoop(Meetings):
                 epochs = self._initial_epoch + steps / self._updates_per_epoch
                 self.state.epoch = max(self._epoch, min(self._epoch + 1, epochs))
                 self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+                if stops_at_wish and any(self._wishes()):
+                    break
 
     def _end_data(self) -> None:
         """Nothing is left of the last epoch: once that is so for all workers, training ends."""

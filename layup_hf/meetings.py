@@ -85,11 +85,12 @@ class Meetings:
                 if self._hold_meeting(mine, until_stopped):
                     return
             except RuntimeError as error:
-                wanted = [came_with, self._agreed, self._wishes()]
-                self._is_acting = False
+                wanted, self._is_acting = [came_with, self._agreed, self._wishes()], False
+                member = self._membership.member if self._membership is not None else ""
                 if not self._recovers_from(error):
                     raise
-                self._set_wishes(_any_of(wanted))  # what had been agreed upon may not have been done
+                if self._membership.member == member:
+                    self._set_wishes(_any_of(wanted))  # what had been agreed upon may not have been done
 
     def _hold_meeting(self, mine: _Arrival, until_stopped: bool) -> bool:
         """Gather once, agree and act; whether this worker may go. Collective."""
@@ -171,6 +172,10 @@ class Meetings:
         return _Wishes(
             control.should_evaluate, control.should_save, control.should_epoch_stop, control.should_training_stop
         )
+
+    def _forget_wishes(self) -> None:
+        """Want nothing that others have done meanwhile; but a wish to end stays."""
+        self._set_wishes(_Wishes(stop_training=self.control.should_training_stop))
 
     def _set_wishes(self, wishes: _Wishes) -> None:
         control = self.control

@@ -92,7 +92,10 @@ class Membership:
         self._silent_since: float | None = None
         self.applicants: list[str] = []
         self._requests_read = 0
+        self._is_counted = False  # among those that are there and will end
         self._register()
+        atexit.register(self._count_out)
+        atexit.register(self.leave)  # comes first
         self._thread = threading.Thread(target=self._mind, name="layup-lease", daemon=True)
         self._thread.start()
 
@@ -116,6 +119,7 @@ class Membership:
         """Be in this era from here on."""
         with self._lock:
             self.era = era
+            self.applicants = [member for member in self.applicants if member not in era.roster]
             self._forget()
 
     @property
@@ -133,8 +137,11 @@ class Membership:
         gone = self.gone
         return [member for rank, member in enumerate(self.era.roster) if rank not in gone]
 
-    def assemble(self) -> Era:
+    def assemble(self, admits: bool = True) -> Era:
         """Wait until all members of this era that are left have come, and agree on the next one. Collective.
+
+        Args:
+            admits: Take in who has asked to join.
 
         Raises:
             Fenced: The others go on without this worker.
@@ -149,7 +156,7 @@ class Membership:
             if self.member not in alive:
                 raise Fenced
             if alive[0] == self.member and store.check([f"come/{number}/{member}" for member in alive]):
-                joined = self._alive(list(self.applicants))
+                joined = self._alive(list(self.applicants)) if admits else []
                 text = json.dumps(Era(number, (*alive, *joined), tuple(joined)))
                 store.compare_set(f"roster/{number}", "", text)
             time.sleep(_POLL)
@@ -211,9 +218,7 @@ class Membership:
             self._silent_since = now()  # perhaps it was this worker that was away
         is_silent = self._silent_since is not None and now() - self._silent_since > limit / 2
         if self._failure is not None or is_silent:
-            raise StoreLost(
-                f"{STORE_LOST} ({self._failure or f'silent for {limit:.0f} s'})"
-            )
+            raise StoreLost(f"{STORE_LOST} ({self._failure or f'silent for {limit:.0f} s'})")
 
     def reason_of(self, rank: int) -> str:
         """Why a member is gone."""
@@ -233,9 +238,14 @@ class Membership:
         self._thread.join(self.lease_seconds)
         try:
             if self._store.compare_set(f"state/{self.member}", _ALIVE, reason).decode() == reason:
-                atexit.register(_count_out, self._store)
+                self._is_counted = True
         except RuntimeError as error:
             logger.info(f"The store of the job has gone before this worker: {error}")
+
+    def _count_out(self) -> None:
+        if self._is_counted:
+            with contextlib.suppress(RuntimeError):
+                self._store.add(WORKERS, -1)
 
     # ---- The thread ----
 
@@ -321,11 +331,6 @@ class Membership:
             pass
         logger.warning("A request to join was refused: who made it does not know the job's LAYUP_TOKEN.")
         return None
-
-
-def _count_out(store: Store) -> None:
-    with contextlib.suppress(RuntimeError):
-        store.add(WORKERS, -1)
 
 
 def now() -> float:

@@ -14,6 +14,7 @@ from .compiling import CompiledLayers, compile_options, nothing_compiled
 from .config import cannot_skip
 from .gossip import GossipEngine
 from .hooks import BlockHooks
+from .membership import Membership
 from .optimizer import BlockOptimizer
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,7 @@ class BlockSteps:
     _hooks: BlockHooks | None = None
     _engine: GossipEngine | None = None  # with one worker there is none
     _layers: CompiledLayers | None = None
+    _membership: Membership | None = None
 
     @property
     def _clips_exactly(self) -> bool:
@@ -71,8 +73,11 @@ class BlockSteps:
             self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
         )
 
+        def exchanges() -> bool:
+            return self._engine is not None and (self._membership is None or self._membership.is_current())
+
         def merge(block: Block) -> None:
-            if self._engine is not None:  # which one it is changes with the workers
+            if exchanges():  # which engine it is changes with the workers
                 self._engine.merge(block)
 
         def take_block(block: Block) -> None:
@@ -81,7 +86,7 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             optimizer.step_block(block)
-            if self._engine is not None:
+            if exchanges():  # not after a freeze, before it is known whether the others have done without this worker
                 self._engine.offer(block)
 
         self._hooks = BlockHooks(

@@ -69,9 +69,12 @@ class Job:
         if not colon or not port.isdigit():
             raise ValueError(f"join={place!r} is no place of a job: give HOST:PORT, as the job's log says.")
         try:
+            socket.create_connection((host, int(port)), timeout=10).close()  # quicker to say no than torch's client
             job = cls.find(PrefixStore(PREFIX, _client(host, int(port), "The store of the job to join")))
-        except ConnectionError as error:
-            raise ValueError(f"join={place!r}: {error}") from error
+        except OSError as error:
+            raise ValueError(
+                f"join={place!r}: no job answers there, as it has ended or is not reached from here. {error}"
+            ) from error
         if job is None:
             raise ValueError(f"join={place!r}: there is a store, but no job of layup_hf has been announced in it.")
         return job

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import signal
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
@@ -38,6 +39,8 @@ from .windows import PeerWindows, open_windows
 from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedLoop, Eras):
@@ -143,7 +146,13 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
                 self._windows = callback.late_windows(self._windows, rank)
         self._ledger = self._windows.ledger
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
-        self._engine = GossipEngine(self._blocks, self._windows, sampler)
+        self._engine = GossipEngine(
+            self._blocks,
+            self._windows,
+            sampler,
+            offer_every=getattr(self.args, "offer_every", 1),
+            is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
+        )
         self._masses = (1.0,) * world_size
         self._facts = replace(self._facts, peers_per_step=sampler.count, windows=kind)
         logger.info(
@@ -261,38 +270,46 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
     def _agree_on_model(self) -> None:
         """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
         self._require_same_parameters()
-        consensus = reach_consensus(self._blocks, self._ledger if self._engine is not None else None)
+        ledger = self._ledger if self._engine is not None else None
+        done = gather_object([self._steps_done])
+        consensus = reach_consensus(self._blocks, ledger, self._is_new)
+        self._is_new = False
         self._agreed_at = self._now()
         self._masses = consensus.mass_by_worker
-        self._facts = replace(
-            self._facts, done=tuple(self._ledger.done.tolist()), consensus_distance=consensus.distance
-        )
+        self._facts = replace(self._facts, done=tuple(done), consensus_distance=consensus.distance)
         self.log(consensus.figures())
+
+    def _with_all(self, purpose: str, action: Callable[[], T]) -> T:
+        """Do what needs all workers, on the consensus model; with those who are left, if some go meanwhile."""
+
+        def act() -> T:
+            self._reach_consensus(purpose)
+            return action()
+
+        with self._together():
+            return act() if self._is_acting else self._enduring(act)  # a meeting begins again itself
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        with self._together():
-            self._reach_consensus("evaluate()")
-            return super().evaluate(*args, **kwargs)
+        if self._is_outside:
+            return {}  # `eval_on_start`: the others are in the middle of training
+        return self._with_all("evaluate()", lambda: super(LayupMixin, self).evaluate(*args, **kwargs))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        with self._together():
-            self._reach_consensus("predict()")
-            return super().predict(*args, **kwargs)
+        return self._with_all("predict()", lambda: super(LayupMixin, self).predict(*args, **kwargs))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._together():
-            self._reach_consensus("a checkpoint")
+        def save() -> None:
             if self._engine is not None:
                 self._keep_position()
-            super()._save_checkpoint(*args, **kwargs)
+            super(LayupMixin, self)._save_checkpoint(*args, **kwargs)
+
+        self._with_all("a checkpoint", save)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
-        with self._together():
-            self._reach_consensus("save_model()")
-            super().save_model(*args, **kwargs)
+        self._with_all("save_model()", lambda: super(LayupMixin, self).save_model(*args, **kwargs))
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with one process.
