@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from fleet import Fleet
+from fleet import Fleet, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import UNIT, Simulation, random_schedule
 from torch import nn
+
+from layup_hf.gossip import GossipEngine
 
 
 def make_models(world_size, num_blocks=3, width=5):
@@ -150,3 +152,61 @@ def test_a_tensor_that_peers_no_longer_see_is_noticed():
     parameter.data = parameter.data[:2].clone()
     with pytest.raises(RuntimeError, match=r"block '1' was replaced during training: \(5, 5\).* now \(2, 5\)"):
         fleet.engines[0].require_same_memory()
+
+
+def test_a_block_is_offered_after_every_so_many_own_steps_of_it():
+    fleet = Fleet(make_models(2))
+    engine = GossipEngine(fleet.blocks[0], fleet.windows[0], fleet.samplers[0], offer_every=3)
+    ledger = fleet.windows[1].ledger
+    offered = []
+    for _ in range(6):
+        engine.offer(fleet.blocks[0][0])
+        engine.offer(fleet.blocks[0][1])
+        offered.append(bool(ledger.pending(0)))
+        fleet.run(("merge", 1, 0))
+    assert offered == [False, False, True, False, False, True]
+    assert engine.counts["offers"] == 3  # block 1 has not been taken
+    assert engine.counts["skipped_offers"] == 1
+    assert ledger.staleness(0, 0) == 0  # all steps count, offered or not
+
+
+def test_what_has_come_of_a_free_block_is_merged_at_the_next_moment():
+    fleet = Fleet(make_models(2), "nixl")
+    free = set()
+    engine = GossipEngine(fleet.blocks[0], fleet.windows[0], fleet.samplers[0], is_free=free.__contains__)
+    distant = fleet.distant[0]
+    fleet.run(("offer", 1, 2, 1))
+    distant.courier.accepts = lambda peer, block: True
+    wait_until(lambda: distant.staging.ready, "the block")
+    engine.merge(fleet.blocks[0][0])
+    assert engine.counts["merges"] == 0  # block 2 is in use
+    free.add(2)
+    engine.merge(fleet.blocks[0][0])
+    assert engine.counts["merges"] == 1
+    assert fleet.windows[0].ledger.pending(2) == []
+    fleet.close()
+
+
+def test_a_block_that_has_not_come_yet_counts_for_nothing():
+    fleet = Fleet(make_models(2), "nixl")
+    fleet.run(("offer", 1, 0, 1))
+    fleet.wait_until_all_know()
+    before = [tensor.clone() for tensor in fleet.blocks[0][0].tensors]
+    fleet.engines[0].merge(fleet.blocks[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(fleet.blocks[0][0].tensors, before, strict=True))
+    assert not any(fleet.engines[0].counts.values())
+    assert fleet.engines[0].staleness == {}
+    assert len(fleet.windows[0].ledger.pending(0)) == 1
+    fleet.close()
+
+
+def test_figures_tell_what_came_over_the_network():
+    fleet = Fleet(make_models(2), "nixl")
+    fleet.run(("offer", 1, 0, 1))
+    fleet.run(("merge", 0, 0))
+    figures = fleet.engines[0].figures()
+    assert figures["layup/megabytes_per_second"] > 0
+    assert 0 < figures["layup/link_busy"] <= 1
+    assert "layup/refused_messages" not in figures
+    assert fleet.engines[0].figures()["layup/megabytes_per_second"] == 0
+    fleet.close()

@@ -462,3 +462,20 @@ def test_the_context_manager_installs_and_removes_also_after_an_error():
     with pytest.raises(KeyError):
         train()
     assert hooks_on(model) == (0, 0)
+
+
+def test_a_block_is_free_between_its_step_and_its_next_forward():
+    model = TwoHeads()
+    free = {"forward": [], "backward": []}
+    recorder = Recorder(
+        model,
+        ready=lambda block: free["backward"].append([recorder.hooks.is_free(index) for index in recorder.all_once]),
+        before=lambda block: free["forward"].append([recorder.hooks.is_free(index) for index in recorder.all_once]),
+    )
+    assert all(recorder.hooks.is_free(index) for index in recorder.all_once)
+    model(torch.randn(2, 4)).sum().backward()
+    number = len(recorder.all_once)
+    assert free["forward"][0] == [False, *[True] * (number - 1)]  # the block that is about to be used is not free
+    assert not any(free["backward"][0])
+    recorder.hooks.finish_backward()
+    assert all(recorder.hooks.is_free(index) for index in recorder.all_once)

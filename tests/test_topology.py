@@ -75,3 +75,13 @@ def test_peers_are_drawn_uniformly(count):
     expected = number * count / 5
     assert set(times) == {1, 2, 3, 4, 5}
     assert all(abs(times[peer] - expected) < 0.1 * expected for peer in times)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, [4, 3]), (2, [2, 2]), (4, [4, 3])])
+def test_with_fewer_peers_there_are_no_more_offers_than_peers(count, expected):
+    sampler = PeerSampler(0, 6, count)
+    found = []
+    for _ in range(2):
+        sampler.exclude_one()
+        found.append(sampler.count)
+    assert found == expected

@@ -15,15 +15,12 @@ from ..ledger import Ledger
 from . import wire
 from .pace import Pace
 from .peers import Peer, Postmark
+from .reports import REPEAT_EVERY, Reporter
 from .serving import Serving
 from .staging import Slot, Staging
 from .transport import Transport
 
 logger = logging.getLogger(__name__)
-
-_REPORT_EVERY = 0.005  # seconds between two looks at whether a peer waits to hear of an exchange
-_STEPS_EVERY = 0.1  # seconds between two reports of nothing but steps and masses
-_WHOLE_EVERY = 1.0  # seconds between two reports of everything, whether it has changed or not
 
 
 class Courier:
@@ -60,13 +57,11 @@ class Courier:
         self._pace, self._postmark = pace, postmark
         self._peers = {peer.rank: peer for peer in peers}
         self._by_name = {peer.name: peer for peer in peers}
-        self._ranks = [peer.rank for peer in peers]
+        self._reporter = Reporter(ledger, peers)
         num_blocks = len(serving.layout.num_bytes)
         self._merged = np.zeros(num_blocks)  # when the block was last merged with a peer on another host
         self._merged_from = np.zeros((num_blocks, ledger.masses().shape[1]))
-        self._told = ledger.exchanged_with(self._ranks) - np.uint64(1)  # what each peer has been told: nothing yet
         self._settled = ledger.settled
-        self._next_report = 0.0
         self._since = self._looked = time.monotonic()
         self._busy = 0.0
         self._bytes = 0
@@ -154,8 +149,10 @@ class Courier:
                 peer.whole_at = 0.0
         for peer in self._peers.values():
             self._attempt(peer, self._serve)
-            if peer.request is not None and peer.is_silent(now) and now - peer.asked_at > _WHOLE_EVERY:
+            if peer.request is not None and peer.is_silent(now) and now - peer.asked_at > REPEAT_EVERY:
                 self._let_go(peer)
+            if peer.is_connected and peer.is_lost(now):
+                self._break(peer, TimeoutError("it is silent"))
             if not peer.is_connected and not peer.is_excluded and now >= peer.retry_at:
                 self._reconnect(peer)
         if self._pace.may_start:
@@ -227,31 +224,11 @@ class Courier:
             peer.settled, peer.whole_at = report.settled, 0.0
 
     def _report(self, now: float) -> None:
-        """Tell each peer what has changed, exchanges at once and steps from time to time."""
-        if now < self._next_report:
-            return
-        self._next_report = now + _REPORT_EVERY
-        exchanged = self._ledger.exchanged_with(self._ranks)
-        news = (exchanged != self._told).any(axis=(0, 1))
-        for column, rank in enumerate(self._ranks):
-            peer = self._peers[rank]
-            is_whole = now >= peer.whole_at
-            if not peer.is_connected or not (is_whole or news[column] or now >= peer.steps_at):
-                continue
-            settled, blocks = self._ledger.settled, self._ledger.report_to(rank)
-            scalars = (int(self._ledger.done[self._ledger.rank]), int(self._ledger.tokens[self._ledger.rank]))
-            changed = blocks if is_whole or peer.told is None else blocks[blocks != peer.told]
-            if not len(changed) and scalars == peer.told_scalars:
-                peer.steps_at = now + _STEPS_EVERY
-                continue
-            report = wire.Report(settled, *scalars, self._ledger.loss(), changed)
+        """Tell each peer what has changed, and ask again for what has not come."""
+        for peer, report in self._reporter.due(now):
             self._attempt(peer, lambda p, report=report: self._send(p, report))
-            peer.told, peer.told_scalars, peer.steps_at = blocks, scalars, now + _STEPS_EVERY
-            self._told[0, :, column], self._told[1, :, column] = blocks["offered"], blocks["taken"]
-            if is_whole:
-                peer.whole_at = now + _WHOLE_EVERY
-                if now - peer.asked_at > _WHOLE_EVERY:
-                    self._attempt(peer, self._send_request)
+            if now - peer.asked_at > REPEAT_EVERY:
+                self._attempt(peer, self._send_request)
 
     # ---- Blocks ----
 
@@ -343,7 +320,7 @@ class Courier:
             logger.debug(f"LayUp: rank {peer.rank} is not reached: {error}")
             return
         peer.is_connected = True
-        peer.whole_at = 0.0
+        peer.connected_at, peer.whole_at = time.monotonic(), 0.0
         self._attempt(peer, self._send_request)
 
     def _drop(self, peer: Peer) -> None:

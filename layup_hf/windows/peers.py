@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from . import wire
 from .staging import Slot
 
-_FIRST_RETRY, _LONGEST_RETRY = 0.5, 8.0  # seconds
-_PATIENCE = 3.0  # seconds
+_FIRST_RETRY, _LONGEST_RETRY = 0.5, 2.0  # seconds
+_PATIENCE, _CUT = 3.0, 8.0  # seconds
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class Peer:
         requests: Number of the last request to it.
         asked_at: When that was sent.
         heard_at: When the last message from it came.
+        connected_at: When it was connected.
         request: The slot that it has been asked to write.
         aside: The same, if it has been lost or silent since, so that another slot stands in for it.
         wanted: What it asks for, until that has been written.
@@ -60,6 +62,7 @@ class Peer:
     requests: int = 0
     asked_at: float = 0.0
     heard_at: float = 0.0
+    connected_at: float = field(default_factory=lambda: time.monotonic())
     request: Slot | None = None
     aside: Slot | None = None
     wanted: wire.Request | None = None
@@ -70,7 +73,13 @@ class Peer:
 
     def is_silent(self, now: float) -> bool:
         """Whether it may be frozen, or its connection cut: a worker reports at least every second."""
-        return now - self.heard_at > _PATIENCE
+        return now - max(self.heard_at, self.connected_at) > _PATIENCE
+
+    def is_lost(self, now: float) -> bool:
+        """Whether it has been silent for so long that a new connection may come through sooner than the old one: TCP
+        tries less and less often.
+        """
+        return now - max(self.heard_at, self.connected_at) > _CUT
 
     @property
     def is_idle(self) -> bool:
