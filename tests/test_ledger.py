@@ -20,6 +20,10 @@ def ledgers(workers, blocks=BLOCKS, counter=0):
     return [Ledger(memory, blocks, workers, rank) for rank in range(workers)]
 
 
+def accounts_of(everybody):
+    return {ledger.rank: ledger.account() for ledger in everybody}
+
+
 class Model:
     """What the ledgers must say, in plain integers: own mass, and offers under way by (block, receiver, sender)."""
 
@@ -158,8 +162,9 @@ def test_when_all_have_settled_everybody_holds_one_unit(counter):
     everybody[0].offer(0, 1, UNIT // 2)
     everybody[1].offer(0, 2, UNIT // 4)
     everybody[1].take(0, 0, UNIT // 2)
+    accounts = accounts_of(everybody)
     for ledger in everybody:
-        ledger.settle()
+        ledger.settle(accounts)
     for ledger in everybody:
         Model(3).assert_agrees(ledger)
 
@@ -168,7 +173,7 @@ def test_settling_touches_only_what_this_worker_writes():
     first, second, third = ledgers(3)
     first.offer(0, 1, 10)
     first.offer(0, 2, 20)
-    second.settle()
+    second.settle(accounts_of([first, second, third]))
     assert second.pending(0) == []
     assert third.pending(0) == [(0, 20)]
     assert first.own(0) == UNIT - 30
@@ -211,8 +216,9 @@ def test_everybody_sees_how_many_steps_and_tokens_each_worker_has():
 def test_settling_keeps_the_counts_of_steps_and_tokens():
     first, second = ledgers(2)
     first.done[0], first.tokens[0] = 3, 4
+    accounts = accounts_of([first, second])
     for ledger in (first, second):
-        ledger.settle()
+        ledger.settle(accounts)
     assert (second.done.tolist(), second.tokens.tolist()) == ([3, 0], [4, 0])
 
 
@@ -229,7 +235,7 @@ def test_every_word_has_one_writer():
         before = np.arange(Ledger.size(BLOCKS, 3), dtype=np.uint64)
         after = before.copy()
         ledger = Ledger(after, BLOCKS, 3, rank)
-        ledger.settle()
+        ledger.settle({other: ledger.account() for other in range(3)})
         for block in range(BLOCKS):
             for peer in {0, 1, 2} - {rank}:
                 ledger.offer(block, peer, 1)
@@ -260,3 +266,85 @@ def test_every_word_has_one_writer():
 def test_a_memory_that_does_not_fit_is_refused(memory):
     with pytest.raises(ValueError, match="2 blocks and 3 workers does not fit"):
         Ledger(memory, 2, 3, 0)
+
+
+# ---- Workers on other hosts ----
+
+
+def distant_ledgers(workers=3):
+    """Ledgers of workers that are all on different hosts."""
+    size = Ledger.size(BLOCKS, workers)
+    return [
+        Ledger(np.zeros(size, np.uint64), BLOCKS, workers, rank, set(range(workers)) - {rank})
+        for rank in range(workers)
+    ]
+
+
+def report(sender, receiver):
+    me = sender.rank
+    return receiver.take_report(
+        me, sender.report_to(receiver.rank), sender.settled, int(sender.done[me]), int(sender.tokens[me]), sender.loss()
+    )
+
+
+def report_all(everybody):
+    for sender in everybody:
+        for receiver in everybody:
+            if sender is not receiver:
+                assert report(sender, receiver)
+
+
+def test_what_is_reported_is_what_a_shared_ledger_shows():
+    shared, distant = ledgers(3), distant_ledgers(3)
+    for everybody in (shared, distant):
+        for ledger in everybody:
+            ledger.count_step(0)
+        everybody[0].offer(0, 1, 10)
+        everybody[0].offer(0, 2, 20)
+        if everybody is distant:
+            report_all(distant)
+        everybody[1].take(0, 0, 10)
+        everybody[1].offer(1, 0, 30)
+        everybody[1].count_step(0)
+        everybody[0].report_loss(2.5)
+        everybody[0].done[0], everybody[0].tokens[0] = 4, 5
+    for _ in range(2):  # a worker counts what it has offered until it hears that it was taken
+        report_all(distant)
+    for mine, reported in zip(shared, distant, strict=True):
+        assert (mine.masses() == reported.masses()).all()
+        assert reported.done.tolist() == [4, 0, 0]
+        assert reported.tokens.tolist() == [5, 0, 0]
+        assert reported.mean_loss() == 2.5
+        for block in range(BLOCKS):
+            assert mine.pending(block) == reported.pending(block)
+            assert mine.untaken(block) == reported.untaken(block)
+            assert mine.eligible(block) == reported.eligible(block)
+    assert distant[2].staleness(0, 0) == 3  # as it has stepped before it heard of the others
+
+
+def test_masses_settle_exactly_although_reports_are_late():
+    everybody = distant_ledgers(3)
+    everybody[0].offer(0, 1, 10)
+    report_all(everybody)
+    everybody[1].take(0, 0, 10)
+    everybody[2].offer(1, 0, 30)  # neither has been reported
+    accounts = accounts_of(everybody)
+    late = [(sender, receiver, sender.report_to(receiver.rank)) for sender in everybody for receiver in everybody]
+    for ledger in everybody:
+        ledger.settle(accounts)
+    for sender, receiver, old in late:
+        if sender is not receiver:
+            assert not receiver.take_report(sender.rank, old, 0, 0, 0, 0.0)
+    for ledger in everybody:
+        Model(3).assert_agrees(ledger)
+    everybody[0].offer(0, 1, 5)
+    report_all(everybody)
+    assert everybody[1].pending(0) == [(0, 5)]
+
+
+def test_an_excluded_worker_reports_in_vain():
+    first, second, _ = distant_ledgers(3)
+    second.offer(0, 0, 10)
+    first.exclude(1)
+    assert not report(second, first)
+    assert first.pending(0) == []

@@ -32,6 +32,7 @@ result = {"rank": rank, "values": [[t.flatten().tolist() for t in block.tensors]
 result["masses"] = [[int(units) for units in row] for row in windows.ledger.masses()]
 state.wait_for_everyone()
 consensus = reach_consensus(blocks, windows.ledger)
+state.wait_for_everyone()  # until all have settled
 result["consensus"] = [[t.flatten().tolist() for t in block.tensors] for block in blocks]
 result["distance"] = consensus.distance
 result["mass"] = consensus.mass
