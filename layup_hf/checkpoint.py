@@ -80,6 +80,7 @@ class Checkpoints:
     _resumed: Resumed | None = None
     _aside: str | None = None  # where a checkpoint is being written
     _has_warned_of_folder = False
+    _is_outside = False  # this worker is yet to join a running job
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
@@ -104,8 +105,9 @@ class Checkpoints:
 
     def _require_shared_folder(self, aside: Path) -> None:
         """Once all have written, see whether rank 0 has it all; say so if not, and clear away the rest. Collective."""
+        self._gather(None)  # all have written
         written = self._gather(set(os.listdir(aside)) if aside.is_dir() else set())
-        apart = [rank for rank, files in enumerate(written) if not files <= written[0]]
+        apart = [rank for rank, files in enumerate(written) if files and files.isdisjoint(written[0])]
         if self.args.process_index in apart and not self.args.should_save:
             shutil.rmtree(aside.parent, ignore_errors=True)
         if apart and self.is_world_process_zero() and not self._has_warned_of_folder:
@@ -145,7 +147,7 @@ class Checkpoints:
     def _resume(self, checkpoint: str | None, trial: Any) -> None:
         """Find out what training goes on from, and clear away what a killed run has left. Before all workers meet."""
         self._resumed = Resumed.read(checkpoint)
-        if self.args.should_save:
+        if self.args.should_save and not self._is_outside:  # the others may be writing just now
             folder = Path(self._get_output_dir(trial))
             for replaced in (folder / UNFINISHED).glob(f"{_REPLACED}-*"):
                 place = folder / replaced.name.split("-", 2)[2]
