@@ -174,13 +174,15 @@ class Membership:
             ConnectionError: The job has ended meanwhile.
             ValueError: This worker has another LAYUP_TOKEN than the job.
         """
-        if self.is_fenced:
+        if not self._alive([self.member]):
             self._register()
         store, member = self._store, self.member
         proof = sign(self._token, b"join", member.encode()).hex()
         store.set(f"request/{store.add('requests', 1)}", json.dumps([member, proof]))
         while not store.check([f"admitted/{member}"]):
             self.check()
+            if not self._alive([member]):
+                return self.apply()  # it was frozen meanwhile
             if store.add(WORKERS, 0) <= 1:
                 raise ConnectionError("The job has ended before this worker could join it.")
             time.sleep(_POLL)
@@ -276,7 +278,7 @@ class Membership:
         with self._lock:
             if (member, era) != (self.member, self.era):
                 return  # what has been read is of the past
-            was_away, self._renewed = began - self._renewed > self.lease_seconds / 2, began
+            was_away, self._renewed = now() - self._renewed > self.lease_seconds / 2, began
             self.is_broken |= is_broken
             self.is_fenced |= states[roster.index(member)].startswith(_FENCED)
             for other, its_beat, state in zip(watched, beats, states, strict=True):
