@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,30 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def environment_of(name: str, folder: Path, temporary: Path) -> dict[str, str]:
+    """Of everything that belongs to one run."""
+    return {
+        **os.environ,
+        "LAYUP_TEST_RUN": name,
+        "LAYUP_TEST_RESULTS": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "TMPDIR": str(temporary),
+    }
+
+
+def processes_with(variable: str, value: str) -> list[psutil.Process]:
+    """Every live process that has this in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 class Run:
@@ -40,14 +66,7 @@ class Run:
         self.folder = folder
         self.log = folder / "log.txt"
         self.temporary = Path(tempfile.mkdtemp(prefix="layup-"))  # short: sockets in it have at most 108 characters
-        environment = {
-            **os.environ,
-            "LAYUP_TEST_RUN": self.name,
-            "LAYUP_TEST_RESULTS": str(folder),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "TMPDIR": str(self.temporary),
-        }
+        environment = environment_of(self.name, folder, self.temporary)
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
         launcher += ["--multi_gpu"] if processes > 1 else []
         command = [*prefix, *launcher, f"--num_processes={processes}", str(SCRIPTS / script), *arguments]
@@ -62,14 +81,7 @@ class Run:
 
     def members(self) -> list[psutil.Process]:
         """Every live process of this run, the launcher included."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("LAYUP_TEST_RUN") == self.name and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return processes_with("LAYUP_TEST_RUN", self.name)
 
     def worker(self, rank: int) -> psutil.Process:
         return next(p for p in self.members() if p.environ().get("RANK") == str(rank))
@@ -109,6 +121,123 @@ class Run:
     def results(self) -> list[dict]:
         """What each worker wrote into `result-RANK.json`, in the order of ranks."""
         return [json.loads(file.read_text()) for file in sorted(self.folder.glob("result-*.json"))]
+
+
+class Launches:
+    """One job, each of whose workers has an `accelerate launch` of its own, as on hosts of their own.
+
+    A context manager: whatever happens, no process is left.
+
+    Args:
+        script: File in `tests/scripts`.
+        workers: How many launches the job is started with.
+        arguments: For the script.
+        folder: Empty folder for the logs, the results, the model and temporary files.
+        environment: Further variables of all workers.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        workers: int,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.name = uuid.uuid4().hex
+        self.folder = folder
+        self.launchers: dict[str, subprocess.Popen] = {}
+        self._script, self._workers = str(SCRIPTS / script), workers
+        self._arguments = [*arguments, f"--output_dir={folder / 'model'}"]
+        self._temporary = Path(tempfile.mkdtemp(prefix="layup-"))
+        self._environment = {**environment_of(self.name, folder, self._temporary), **(environment or {})}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+
+    def start(self, rank: int, *, name: str = "", restarts: int = 0, environment: dict[str, str] | None = None) -> None:
+        """Launch one of the workers that the job begins with, or launch it again under another name."""
+        places = [f"--num_machines={self._workers}", f"--machine_rank={rank}", f"--num_processes={self._workers}"]
+        store = ["--main_process_ip=127.0.0.1", f"--main_process_port={self._port}", f"--max_restarts={restarts}"]
+        self._launch(name or str(rank), ["--multi_gpu", *places, *store], [], environment)
+
+    def join(self, name: str, place: str, environment: dict[str, str] | None = None) -> None:
+        """Launch one more worker that is to join."""
+        self._launch(name, ["--num_processes=1", "--num_machines=1"], [f"--join={place}"], environment)
+
+    def _launch(
+        self, name: str, options: list[str], arguments: list[str], environment: dict[str, str] | None = None
+    ) -> None:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+        with self.log(name).open("w") as log:
+            self.launchers[name] = subprocess.Popen(
+                [*launcher, *options, self._script, *self._arguments, *arguments],
+                env={**self._environment, **(environment or {}), "LAYUP_TEST_LAUNCH": name},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"log-{name}.txt"
+
+    def output(self, name: str | None = None) -> str:
+        """What one launch has written, or all one after the other."""
+        names = self.launchers if name is None else [name]
+        return "\n".join(self.log(each).read_text(errors="replace") for each in names)
+
+    def workers(self) -> dict[str, psutil.Process]:
+        """The live workers by the names of their launches."""
+        found = {}
+        for process in processes_with("LAYUP_TEST_RUN", self.name):
+            try:
+                if (
+                    process.cmdline()[1:2] == ["-u"]
+                    and self._script in process.cmdline()
+                    and "RANK" in process.environ()
+                ):
+                    found[process.environ()["LAYUP_TEST_LAUNCH"]] = process
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def wait_for(self, text: str, name: str | None = None, times: int = 1, timeout: float = 120) -> None:
+        """Wait until a launch (unset: all together) has written the text this often."""
+        end = time.monotonic() + timeout
+        while self.output(name).count(text) < times:
+            if time.monotonic() > end:
+                pytest.fail(f"{text!r} did not come {times} times from {name or 'anybody'}:\n{self._tails()}")
+            time.sleep(0.1)
+
+    def wait(self, timeout: float = 120) -> None:
+        """Wait until no worker is left.
+
+        Launchers wait for the launchers of those that were killed, so they are ended.
+        """
+        end = time.monotonic() + timeout
+        while self.workers():
+            if time.monotonic() > end:
+                pytest.fail(f"{list(self.workers())} did not end within {timeout} s:\n{self._tails()}")
+            time.sleep(0.1)
+
+    def results(self) -> dict[str, dict]:
+        """What each worker wrote that came to its end, by the names of their launches."""
+        files = {name: self.folder / f"result-{name}.json" for name in self.launchers}
+        return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+    def _tails(self) -> str:
+        return "\n".join(f"---- {name}\n{self.output(name)[-4000:]}" for name in self.launchers)
+
+    def __enter__(self) -> Launches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in processes_with("LAYUP_TEST_RUN", self.name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for launcher in self.launchers.values():
+            launcher.wait(10)
+        shutil.rmtree(self._temporary)
 
 
 def shared_memory_files() -> set[str]:
