@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.distributed import HashStore
 
-from .keeper import WORKERS
 from .network import Network
 from .store import Job, launcher_store
 
@@ -51,6 +50,6 @@ def _running_job() -> Job | None:
     """The job of this launch, if it has begun without this worker: then its launch has been repeated."""
     try:
         job = Job.find(launcher_store())
-        return job if job is not None and job.connect().add(WORKERS, 0) > 0 else None
-    except ConnectionError:  # of the launcher: the process group will say so; of the job: it has ended
+    except ConnectionError:  # the process group will say so
         return None
+    return job if job is not None and job.is_running() else None

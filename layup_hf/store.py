@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from .keeper import PREFIX
+from .keeper import PREFIX, WORKERS
 from .network import Network
 
 _JOB = "job"
@@ -58,6 +58,14 @@ class Job:
         """What has been announced in a store, if anything."""
         return cls(**json.loads(store.get(_JOB))) if store.check([_JOB]) else None
 
+    def is_running(self) -> bool:
+        """Whether it has workers."""
+        try:
+            _require_listener(self.host, self.port)
+            return self.connect().add(WORKERS, 0) > 0
+        except OSError:
+            return False
+
     @classmethod
     def at(cls, place: str) -> Job:
         """The job whose store is at HOST:PORT.
@@ -66,10 +74,10 @@ class Job:
             ValueError: This is no place, or there is no such job.
         """
         host, colon, port = place.rpartition(":")
-        if not colon or not port.isdigit():
+        if not colon or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"join={place!r} is no place of a job: give HOST:PORT, as the job's log says.")
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()  # quicker to say no than torch's client
+            _require_listener(host, int(port))
             job = cls.find(PrefixStore(PREFIX, _client(host, int(port), "The store of the job to join")))
         except OSError as error:
             raise ValueError(
@@ -114,6 +122,11 @@ def launcher_store() -> Store:
         ) from missing
     what = "The store of the process group"
     return PrefixStore(PREFIX, _client(host, port, what, " (MASTER_ADDR and MASTER_PORT)"))
+
+
+def _require_listener(host: str, port: int) -> None:
+    """Say no quickly: torch's client would try again for long."""
+    socket.create_connection((host, port), timeout=10).close()
 
 
 def _client(host: str, port: int, what: str, origin: str = "") -> TCPStore:
