@@ -1,8 +1,7 @@
 """One counter for all workers: consecutive draws, calls to meetings, and failures."""
 
 import itertools
-from datetime import timedelta
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layup_hf.ahead import Ahead
 from layup_hf.clock import ProgressClock, WorkerFailure
 from layup_hf.store import connect_store
 
@@ -43,6 +43,24 @@ def test_draws_of_threads_are_consecutive(launcher):
     numbers = together([lambda c=clock: [c.draw() for _ in range(50)] for clock in everybody])
     assert sorted(itertools.chain(*numbers)) == list(range(7, 207))
     assert all(own == sorted(own) for own in numbers)
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_draws_ahead_are_consecutive_over_all_workers(launcher, most):
+    """What one holds when it ends has been drawn, too."""
+    everybody = clocks(4, start=7, store=connect_store("run"))
+
+    def draw(clock):
+        with ThreadPoolExecutor(1) as executor:
+            clock.draw_ahead(connect_store("run"), lambda ask: Ahead(ask, executor, most=most))
+            numbers = [clock.draw() for _ in range(50)]
+            return numbers, [value - 1 for value in clock._ahead.held()]
+
+    drawn = together([lambda c=clock: draw(c) for clock in everybody])
+    numbers = sorted(itertools.chain(*(own + held for own, held in drawn)))
+    assert numbers == list(range(7, 7 + len(numbers)))
+    assert all(own == sorted(own) for own, _ in drawn)
+    assert all(1 <= len(held) <= most for _, held in drawn)
 
 
 def test_looking_draws_nothing():
@@ -107,6 +125,57 @@ def test_an_answer_without_a_call_changes_nothing():
     assert second.draw() == 5
 
 
+@pytest.fixture
+def ahead():
+    """A worker that draws ahead, and one that does not."""
+    store = dist.HashStore()
+    first, second = clocks(2, store=store)
+    with ThreadPoolExecutor(1) as executor:
+        first.draw_ahead(store, lambda ask: Ahead(ask, executor))
+        yield first, second
+
+
+def test_a_call_is_seen_by_who_draws_ahead_at_the_latest_with_what_it_draws_next(ahead):
+    drawing, caller = ahead
+    drawing.draw()
+    drawing._ahead.held()
+    caller.call_meeting()
+    drawing.draw()
+    drawing._ahead.held()
+    assert drawing.called
+
+
+def test_what_was_drawn_before_an_answer_does_not_call_again(ahead):
+    drawing, caller = ahead
+    drawing.draw()
+    caller.call_meeting()
+    drawing.draw()
+    caller.answer_calls()
+    drawing.forget_calls()
+    assert not drawing.called
+    assert drawing.draw() == 2
+    assert caller.draw() > 2
+    assert not drawing.called
+
+
+def test_a_call_does_not_change_what_is_drawn_ahead(ahead):
+    drawing, caller = ahead
+    numbers = []
+    for _ in range(5):
+        numbers.append(drawing.draw())
+        caller.call_meeting()
+    assert numbers == [0, 1, 2, 3, 4]
+
+
+def test_who_draws_ahead_hears_of_a_failure(ahead):
+    drawing, failing = ahead
+    drawing.draw()
+    failing.report_failure("rank 1: disk full")
+    with pytest.raises(WorkerFailure, match="rank 1: disk full"):  # noqa: PT012
+        for _ in range(3):
+            drawing.draw()
+
+
 # ---- Failures ----
 
 
@@ -145,44 +214,3 @@ def test_the_report_of_a_failure_can_be_asked_for():
     assert second.failure() is None
     first.report_failure("Größe: 3 µm")
     assert second.failure() == "Größe: 3 µm"
-
-
-# ---- The store ----
-
-
-def test_the_workers_of_a_run_meet_in_the_launchers_store(launcher):
-    first, second = ProgressClock(connect_store("run"), 4), ProgressClock(connect_store("run"))
-    assert [first.draw(), second.draw(), first.draw()] == [4, 5, 6]
-    first.call_meeting()
-    second.look()
-    assert second.called
-    first.report_failure("gone")
-    with pytest.raises(WorkerFailure, match="gone"):
-        second.draw()
-    assert first.failure() == second.failure() == "gone"
-
-
-def test_two_runs_do_not_see_each_other(launcher):
-    former = ProgressClock(connect_store("former"), 100)
-    former.draw()
-    former.report_failure("gone")
-    later = ProgressClock(connect_store("later"), 0)
-    assert [later.draw(), later.draw()] == [0, 1]
-    assert later.failure() is None
-    assert former.failure() == "gone"
-
-
-@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
-def test_a_launcher_that_does_not_say_where_the_store_is_is_refused(name, launcher, monkeypatch):
-    monkeypatch.delenv(name)
-    with pytest.raises(ValueError, match=rf"{name}.* is not set.*`accelerate launch` or `torchrun`"):
-        connect_store("run")
-
-
-def test_a_store_that_does_not_answer_is_named(monkeypatch):
-    quickly = partial(dist.TCPStore, timeout=timedelta(milliseconds=100))
-    monkeypatch.setattr("layup_hf.store.TCPStore", lambda *args, timeout, **options: quickly(*args, **options))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):
-        connect_store("run")

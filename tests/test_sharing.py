@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from collections import Counter, deque
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from layup_hf.ahead import Ahead
 from layup_hf.cursor import Cursor, Draw, FixedShares
 from layup_hf.sharing import SharedLoader, SharedStream
 
@@ -71,6 +73,19 @@ class Use(NamedTuple):
     is_taken_over: bool
 
 
+class Late(Executor):
+    """Gets every answer at once and has none in time, so that as many are drawn ahead as may be."""
+
+    class Answer(Future):
+        def done(self):
+            return False
+
+    def submit(self, ask):
+        answer = Late.Answer()
+        answer.set_result(ask())
+        return answer
+
+
 class Workers:
     """Workers that take batches as the training loop does, moved one by one.
 
@@ -78,12 +93,14 @@ class Workers:
     have come as far ("waiting"), or when the worker has ended (None).
     """
 
-    def __init__(self, loaders, *, epochs=1, position=None, meets=False, store=None):
+    def __init__(self, loaders, *, epochs=1, position=None, meets=False, store=None, ahead=False):
         store = store or dist.HashStore()
         position = json.loads(json.dumps(position or {"epoch": 0, "drawn": {}, "not_begun": []}))
         least = min(loader.update_size for loader in loaders)
         for rank, loader in enumerate(loaders):
             loader.cursor = Cursor(store, rank, len(loaders), position, most=least)
+            if ahead:
+                loader.cursor.draw_ahead(store, lambda ask: Ahead(ask, Late(), most=3))
         self.loaders = loaders
         self.used = []
         self.epoch = [position["epoch"]] * len(loaders)
@@ -380,15 +397,16 @@ def test_a_draw_is_claimed_once_in_a_real_store():
     samples=st.integers(1, 60),
     epochs=st.integers(1, 3),
     meets=st.booleans(),
+    ahead=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_resumed_runs_use_together_every_sample_once(runs, samples, epochs, meets, seed):
-    """However many workers each run has, whatever their batch sizes, wherever they stop."""
+def test_resumed_runs_use_together_every_sample_once(runs, samples, epochs, meets, ahead, seed):
+    """However many workers each run has, whatever their batch sizes, wherever they stop, whether they draw ahead."""
     schedule, position = random.Random(seed), None
     used = [Counter() for _ in range(epochs)]
     for number, (fleet, moves) in enumerate(runs, start=1):
         loaders = [make_loader(samples, kind, sampler=RandomSampler(range(samples))) for kind in fleet]
-        workers = Workers(loaders, epochs=epochs, position=position, meets=meets)
+        workers = Workers(loaders, epochs=epochs, position=position, meets=meets, ahead=ahead)
         workers.run_all(schedule, None if number == len(runs) else moves)
         position = workers.position()
         for epoch in range(epochs):
@@ -443,6 +461,77 @@ def test_what_was_used_of_a_later_epoch_is_remembered_until_a_worker_comes_there
     later = Workers([make_loader(10)], epochs=2, position=workers.position())
     later.run(0)
     assert sorted(later.samples(1)) == [2, 3, 6, 7, 8, 9]
+
+
+# ---- Drawn in advance, over a network ----
+
+
+@settings(deadline=None, max_examples=100)
+@given(fleet=fleets, samples=st.integers(0, 60), epochs=st.integers(1, 3), seed=st.integers(0, 2**32))
+def test_every_sample_goes_to_exactly_one_of_workers_that_draw_ahead(fleet, samples, epochs, seed):
+    workers = Workers([make_loader(samples, kind) for kind in fleet], epochs=epochs, ahead=True)
+    workers.run_all(random.Random(seed))
+    for epoch in range(epochs):
+        assert workers.samples(epoch) == Counter(range(samples))
+    assert_updates_fit(workers)
+    assert not any(loader.not_begun() for loader in workers.loaders)
+
+
+def test_a_position_holds_what_was_drawn_ahead():
+    workers = Workers([make_loader(100), make_loader(100, Kind(4))], ahead=True)
+    for rank in (0, 1, 0, 0):  # with one draw ahead at first, then with two, then three
+        workers.take_step(rank)
+    assert [use.batches for use in workers.used] == [[[0, 1]], [[4, 5, 6, 7]], [[2, 3]], [[12, 13]]]
+    assert workers.loaders[0].cursor.held() == [Draw(0, start, start + 2) for start in (14, 16, 18)]
+    not_begun = [(0, 8, 12), (0, 14, 16), (0, 16, 18), (0, 18, 20)]
+    assert workers.position() == {"epoch": 0, "drawn": {0: 20}, "not_begun": not_begun}
+
+
+def test_what_is_drawn_beyond_the_end_is_not_held():
+    workers = Workers([make_loader(8)], ahead=True)
+    for _ in range(3):
+        workers.take_step(0)
+    assert workers.loaders[0].cursor.held() == [Draw(0, 6, 8)]
+    workers.run(0)
+    assert workers.position()["not_begun"] == []
+
+
+def test_threads_that_draw_ahead_share_an_epoch_through_a_real_store():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def connect():
+        return dist.PrefixStore("run", dist.TCPStore("127.0.0.1", server.port, is_master=False))
+
+    def work(rank):
+        cursor = Cursor(connect(), rank, 3)
+        with ThreadPoolExecutor(1) as executor:
+            cursor.draw_ahead(connect(), lambda ask: Ahead(ask, executor))
+            return [list(iter(partial(cursor.draw, epoch, rank + 1, 301), None)) for epoch in range(2)]
+
+    drawn = together([partial(work, rank) for rank in range(3)])
+    for epoch in range(2):
+        draws = sorted(itertools.chain(*(mine[epoch] for mine in drawn)))
+        assert Counter(place for draw in draws for place in range(draw.start, draw.stop)) == Counter(range(301))
+
+
+# ---- Workers that come and go ----
+
+
+def test_who_is_gone_does_not_keep_the_others_waiting_at_the_end_of_an_epoch():
+    store, present = dist.HashStore(), ["1", "2", "3"]
+    first, second, third = (Cursor(store, 0, 3, members=lambda: present) for _ in range(3))
+    first.name, second.name, third.name = present
+    for cursor in (first, third):
+        cursor.give_up(0, [])
+    assert not first.all_gave_up(0)
+    present.remove("2")
+    assert first.all_gave_up(0)
+    present.append("4")  # which has joined, perhaps with the rank of the one that is gone
+    assert not first.all_gave_up(0)
+    second.name = "4"
+    second.give_up(0, [Draw(0, 4, 6)])
+    assert first.all_gave_up(0)
+    assert list(first.given_up_by_peers(0)) == [Draw(0, 4, 6)]
 
 
 # ---- The order ----
