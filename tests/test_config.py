@@ -1,5 +1,6 @@
 """Every option that cannot work is refused by name, with a remedy; everything else is accepted."""
 
+import importlib.util
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,6 +12,13 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from transformers.training_args import OptimizerNames
 
 from layup_hf.config import LayupConfig, LayupOptions, check_data, check_options, check_runtime
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """An interface that is chosen is noted in the environment, and is to be forgotten."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES"):
+        monkeypatch.setenv(name, "lo")
 
 
 @pytest.fixture
@@ -31,9 +39,22 @@ REFUSED = {
     "use_reentrant": ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
     "peers_per_step=0": ({"peers_per_step": 0}, "Leave it unset"),
     "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
-    "windows='network'": ({"windows": "network"}, "'auto' or 'shared'"),
+    "windows='network'": ({"windows": "network"}, "use 'auto', 'shared' or 'nixl'"),
     "clip='always'": ({"clip": "always"}, "'estimate' or 'exact'"),
-    "windows=''": ({"windows": ""}, "'auto' or 'shared'"),
+    "windows=''": ({"windows": ""}, "use 'auto', 'shared' or 'nixl'"),
+    "wire_dtype='fp8'": ({"wire_dtype": "fp8"}, "use 'fp32' or 'bf16'"),
+    "`wire_dtype='bf16'` and `windows='shared'`": (
+        {"wire_dtype": "bf16", "windows": "shared"},
+        "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'",
+    ),
+    "offer_every=0": ({"offer_every": 0}, "Use 1 or more"),
+    "offer_every=-2": ({"offer_every": -2}, "Use 1 or more"),
+    "lease_seconds=0.5": ({"lease_seconds": 0.5}, "Use at least 1 second"),
+    "lease_seconds=inf": ({"lease_seconds": float("inf")}, "Use at least 1 second"),
+    "lease_seconds=nan": ({"lease_seconds": float("nan")}, "Use at least 1 second"),
+    "join='7000'": ({"join": "7000"}, "give HOST:PORT, as the job's log says"),
+    "join='127.0.0.1:1'": ({"join": "127.0.0.1:1"}, "it has ended or is not reached from here"),
+    "network_interface='eth99'": ({"join": "127.0.0.1:1", "network_interface": "eth99"}, "There are: "),
     "speed=2": ({"straggler": "rank=3,speed=2"}, "with a name of rank, compute"),
     "rank=x": ({"straggler": "rank=x,compute=1"}, "`all` or a rank"),
     "compute=-1": ({"straggler": "compute=0.1; compute=-1"}, "`compute` must be seconds, finite and not negative"),
@@ -150,6 +171,10 @@ def test_possible_options_are_accepted(arguments):
     config = arguments(
         peers_per_step=1,
         windows="shared",
+        wire_dtype="fp32",
+        offer_every=4,
+        lease_seconds=1.0,
+        network_interface="lo",
         bf16=True,
         activation_checkpointing=True,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -160,6 +185,20 @@ def test_possible_options_are_accepted(arguments):
     assert (config.peers_per_step, config.windows) == (1, "shared")
 
 
+@pytest.mark.parametrize("windows", ["auto", "nixl"])
+def test_blocks_may_be_sent_in_bf16_where_they_are_sent(windows, arguments, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert arguments(wire_dtype="bf16", windows=windows).wire_dtype == "bf16"
+
+
+def test_windows_over_a_network_need_their_package(arguments, monkeypatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "nixl" else original(name, *of))
+    assert arguments().windows == "auto"
+    with pytest.raises(ValueError, match=r"windows='nixl' needs the package nixl: pip install 'layup_hf\[nixl\]'"):
+        arguments(windows="nixl")
+
+
 # ---- Where the options come from ----
 
 
@@ -168,18 +207,23 @@ def test_the_config_is_parsed_from_the_command_line(tmp_path):
         [
             *("--output_dir", str(tmp_path), "--use_cpu", "--max_steps", "5"),
             *("--peers_per_step", "3", "--windows", "shared", "--shared_batches", "False"),
-            *("--straggler", "rank=0,compute=1"),
+            *("--straggler", "rank=0,compute=1", "--offer_every", "2", "--lease_seconds", "2.5"),
+            *("--network_interface", "lo", "--wire_dtype", "fp32"),
         ]
     )
     assert isinstance(config, TrainingArguments)
     assert (config.peers_per_step, config.windows, config.max_steps) == (3, "shared", 5)
     assert (config.shared_batches, config.straggler) == (False, "rank=0,compute=1")
+    assert (config.offer_every, config.lease_seconds) == (2, 2.5)
+    assert (config.network_interface, config.wire_dtype) == ("lo", "fp32")
 
 
 def test_the_command_line_has_the_defaults(tmp_path):
     (config,) = HfArgumentParser(LayupConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
     assert (config.peers_per_step, config.windows) == (None, "auto")
     assert (config.shared_batches, config.straggler) == (True, None)
+    assert (config.wire_dtype, config.offer_every) == ("fp32", 1)
+    assert (config.lease_seconds, config.network_interface, config.join, config.job_to_join) == (None,) * 4
 
 
 def test_an_impossible_option_on_the_command_line_is_refused(tmp_path):

@@ -17,8 +17,7 @@ from launching import ROOT
 from torch.distributed import PrefixStore, TCPStore
 
 from layup_hf.clock import ProgressClock, WorkerFailure
-from layup_hf.keeper import BEATS, PREFIX, WORKERS
-from layup_hf.launch import prepare_launch
+from layup_hf.keeper import BEATS, WORKERS
 from layup_hf.network import Network
 from layup_hf.store import Job, connect_store, start_keeper
 
@@ -273,68 +272,3 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):
         connect_store("run")
-
-
-# ---- Whether a launch is a repeated one ----
-
-
-class Arguments:
-    """Of a worker that is just starting."""
-
-    join = None
-    network_interface = None
-    use_cpu = True
-
-
-@pytest.fixture
-def several(launcher, monkeypatch):
-    """One of several launches; the process group is not really made."""
-    made = []
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **options: made.append(options))
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES"):
-        monkeypatch.setenv(variable, "")
-    return PrefixStore(PREFIX, launcher), made
-
-
-def test_the_first_launches_join_nothing(several):
-    _, made = several
-    arguments = Arguments()
-    prepare_launch(arguments)
-    assert arguments.job_to_join is None
-    assert made == []
-
-
-def test_a_repeated_launch_joins_the_job_alone(several):
-    launcher, made = several
-    server = serve()
-    job = Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0)
-    job.announce(launcher)
-    job.connect().add(WORKERS, 1)
-    arguments = Arguments()
-    prepare_launch(arguments)
-    assert arguments.job_to_join == job
-    assert [(options["rank"], options["world_size"]) for options in made] == [(0, 1)]
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_job_that_has_ended_is_not_joined(several, is_there):
-    """`is_there`: its store still answers."""
-    launcher, made = several
-    server = serve()
-    job = Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0)
-    job.announce(launcher)
-    if not is_there:
-        del server
-    arguments = Arguments()
-    prepare_launch(arguments)
-    assert arguments.job_to_join is None
-    assert made == []
-
-
-def test_one_launch_asks_nobody(several, monkeypatch):
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    monkeypatch.delenv("MASTER_ADDR")
-    arguments = Arguments()
-    prepare_launch(arguments)
-    assert arguments.job_to_join is None
