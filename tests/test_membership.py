@@ -1,95 +1,13 @@
 """Leases, and agreement on who is there: several members in one process, on a real store, some of them frozen."""
 
-import atexit
 import threading
 import time
-from datetime import timedelta
 
 import pytest
-from fleet import together, wait_until
-from torch.distributed import PrefixStore, TCPStore
+from fleet import wait_until
+from members import LEASE, Job, assemble
 
-from layup_hf.keeper import PREFIX, WORKERS
-from layup_hf.membership import ENDED, Era, Fenced, Membership, StoreLost
-
-LEASE = 1.0
-TOKEN = b"secret of the job".ljust(32)
-
-
-class Worker:
-    """A member whose threads can be frozen: all that it asks of the store, or says to it, then waits."""
-
-    def __init__(self, port, token=TOKEN):
-        self._port = port
-        self._runs = threading.Event()
-        self._runs.set()
-        self.breaks = 0
-        self.membership = Membership(self._connect, LEASE, token, on_broken=self._note)
-
-    def _connect(self):
-        store = TCPStore("127.0.0.1", self._port, is_master=False, timeout=timedelta(seconds=10))
-        return Freezing(PrefixStore(PREFIX, store), self._runs)
-
-    def _note(self):
-        self.breaks += 1
-
-    def freeze(self):
-        self._runs.clear()
-
-    def go_on(self):
-        self._runs.set()
-
-    def close(self):
-        self.go_on()
-        self.membership.leave()
-        atexit.unregister(self.membership.leave)
-        atexit.unregister(self.membership._count_out)
-
-
-class Freezing:
-    """A connection to a store that lets nothing through while its worker is frozen."""
-
-    def __init__(self, store, runs):
-        self._store, self._runs = store, runs
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self._runs.wait()
-            return getattr(self._store, name)(*arguments)
-
-        return call
-
-
-class Job:
-    """A store and the workers at it."""
-
-    def __init__(self):
-        self.server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.port = self.server.port
-        self.store = PrefixStore(PREFIX, TCPStore("127.0.0.1", self.port, timeout=timedelta(seconds=10)))
-        self.workers = []
-
-    def add(self, **options):
-        self.workers.append(Worker(self.port, **options))
-        return self.workers[-1]
-
-    def begin(self, count):
-        """Members of a first era."""
-        workers = [self.add() for _ in range(count)]
-        roster = tuple(worker.membership.member for worker in workers)
-        for worker in workers:
-            worker.membership.begin(Era(1, roster))
-        return [worker.membership for worker in workers]
-
-    def state(self, member):
-        return self.store.get(f"state/{member}").decode()
-
-    def count(self):
-        """Workers that are there."""
-        return self.store.add(WORKERS, 0)
-
-    def requests(self):
-        return self.store.add("requests", 0)
+from layup_hf.membership import ENDED, Era, Fenced, StoreLost, now
 
 
 @pytest.fixture
@@ -98,32 +16,6 @@ def job():
     yield job
     for worker in job.workers:
         worker.close()
-
-
-def assemble(members):
-    """The next era, as each of them sees it; they come one after the other."""
-
-    def come(member, delay):
-        time.sleep(delay)
-        era = member.assemble()
-        member.begin(era)
-        return era
-
-    return together([lambda m=member, d=0.05 * k: come(m, d) for k, member in enumerate(members)])
-
-
-def apply(worker):
-    """Ask to join, in the background; gives a list that will hold the outcome."""
-    outcome = []
-
-    def ask():
-        try:
-            outcome.append(worker.membership.apply())
-        except Exception as error:
-            outcome.append(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    return outcome
 
 
 # ---- Leases ----
@@ -153,6 +45,16 @@ def test_who_does_not_is_fenced_by_exactly_one_and_counted_out_once(job):
     assert members[0].present() == [members[0].member, members[2].member, members[3].member]
     assert members[2].reason_of(1) == f"has given no sign of life for {LEASE:g} s"
     assert [worker.breaks for worker in job.workers] == [1, 0, 1, 1]  # collectives with it cannot end
+
+
+def test_who_is_fenced_by_two_at_once_is_fenced_by_one(job):
+    """Both have read that it was alive."""
+    members = job.begin(3)
+    for member in members[:2]:
+        member._seen[members[2].member] = b"7", now() - 2 * LEASE
+        assert member._has_gone(members[2].member, b"7", "alive", False)
+    assert job.state(members[2].member) == f"fenced by {members[0].member}"
+    assert job.count() == 2
 
 
 def test_a_frozen_worker_does_not_take_itself_for_current_and_finds_out_that_it_is_fenced(job):
@@ -293,128 +195,6 @@ def test_who_has_left_is_counted_out_when_its_process_ends(job):
     assert job.count() == 2  # collectives may need the store until then
     second._count_out()
     assert job.count() == 1
-
-
-# ---- Joining ----
-
-
-def test_who_asks_to_join_is_in_the_next_era(job):
-    members = job.begin(2)
-    newcomer = job.add()
-    outcome = apply(newcomer)
-    name = newcomer.membership.member
-    wait_until(lambda: all(member.applicants == [name] for member in members), "the request is read")
-    assert not outcome
-    eras = assemble(members)
-    expected = Era(2, (members[0].member, members[1].member, name), joined=(name,))
-    assert eras == [expected] * 2
-    assert wait_until(lambda: outcome, "it is admitted") == [expected]
-    newcomer.membership.begin(expected)
-    assert newcomer.membership.rank == 2
-    time.sleep(LEASE)
-    assert not any(member.applicants or member.gone for member in (*members, newcomer.membership))
-
-
-def test_an_era_need_not_admit_anybody(job):
-    (member,) = job.begin(1)
-    newcomer = job.add()
-    outcome = apply(newcomer)
-    wait_until(lambda: member.applicants, "the request is read")
-    assert member.assemble(admits=False) == Era(2, (member.member,))
-    assert not outcome
-
-
-def test_who_has_another_secret_is_refused_and_nobody_else_notices(job):
-    members = job.begin(2)
-    stranger = job.add(token=b"guessed".ljust(32))
-    outcome = apply(stranger)
-    (error,) = wait_until(lambda: outcome, "it is refused")
-    assert isinstance(error, ValueError)
-    assert "has another secret than the job: set LAYUP_TOKEN to the job's" in str(error)
-    time.sleep(LEASE / 2)
-    assert not any(member.applicants or member.gone or member.is_broken for member in members)
-    assert assemble(members)[0].joined == ()
-
-
-def test_a_proof_is_of_one_member(job):
-    """A request that was overheard lets nobody else in."""
-    (member,) = job.begin(1)
-    apply(job.add())
-    wait_until(lambda: member.applicants, "the request is read")
-    overheard = job.store.get("request/1").decode()
-    name = job.workers[1].membership.member
-    job.store.set("request/2", overheard.replace(f'"{name}"', '"99"', 1))
-    job.store.add("requests", 1)
-    wait_until(lambda: job.store.check(["admitted/99"]), "an answer")
-    assert b"another secret" in job.store.get("admitted/99")
-    assert member.applicants == [name]
-
-
-@pytest.mark.parametrize("request_", [b"", b"no json", b"[1]", b'["7", 5]', b'["7", "xx"]', b'{"a": 1}', b"\xff"])
-def test_what_is_no_request_is_passed_over(job, request_):
-    (member,) = job.begin(1)
-    job.store.set("request/1", request_)
-    job.store.add("requests", 1)
-    wait_until(lambda: member._requests_read == 1, "it is read")
-    outcome = apply(job.add())
-    wait_until(lambda: member.applicants, "the next one is read")
-    assert member.is_current()
-    assert not outcome
-
-
-def test_who_dies_while_it_waits_is_not_admitted(job):
-    members = job.begin(2)
-    newcomer = job.add()
-    apply(newcomer)
-    wait_until(lambda: all(member.applicants for member in members), "the request is read")
-    newcomer.freeze()
-    wait_until(lambda: not any(member.applicants for member in members), "it is no applicant", timeout=4 * LEASE)
-    assert [worker.breaks for worker in job.workers[:2]] == [0, 0]
-    assert job.count() == 2
-    assert assemble(members) == [Era(2, (members[0].member, members[1].member))] * 2
-
-
-def test_who_was_frozen_while_it_waited_asks_again(job):
-    (member,) = job.begin(1)
-    newcomer = job.add()
-    outcome, former = apply(newcomer), newcomer.membership.member
-    wait_until(lambda: member.applicants, "the request is read")
-    newcomer.freeze()
-    wait_until(lambda: not member.applicants, "it is no applicant", timeout=4 * LEASE)
-    newcomer.go_on()
-    wait_until(lambda: member.applicants, "it has asked again")
-    era = member.assemble()
-    assert wait_until(lambda: outcome, "it is admitted") == [era]
-    assert former not in era.roster
-    assert era.joined == (newcomer.membership.member,)
-
-
-def test_who_was_fenced_comes_back_as_a_new_member(job):
-    first, second = job.begin(2)
-    former = second.member
-    job.workers[1].freeze()
-    wait_until(lambda: first.gone == {1}, "fenced", timeout=4 * LEASE)
-    job.workers[1].go_on()
-    wait_until(lambda: second.is_fenced, "the worker finds out")
-    outcome = apply(job.workers[1])
-    wait_until(lambda: first.applicants, "the request is read")
-    era = first.assemble()
-    assert era.roster == (first.member, second.member)
-    assert era.joined == (second.member,)
-    assert second.member != former
-    assert wait_until(lambda: outcome, "it is admitted") == [era]
-    assert job.count() == 2
-
-
-def test_when_the_job_ends_who_waits_is_told(job):
-    (member,) = job.begin(1)
-    outcome = apply(job.add())
-    wait_until(lambda: member.applicants, "the request is read")
-    member.leave()
-    member._count_out()
-    (error,) = wait_until(lambda: outcome, "an answer")
-    assert isinstance(error, ConnectionError)
-    assert "The job has ended before this worker could join it." in str(error)
 
 
 # ---- The store ----
