@@ -154,7 +154,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
             is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
         )
         self._masses = (1.0,) * world_size
-        self._facts = replace(self._facts, peers_per_step=sampler.count, windows=kind)
+        self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )

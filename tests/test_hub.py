@@ -12,7 +12,7 @@ import pytest
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
-from launching import SCRIPTS, run
+from launching import ROOT, SCRIPTS, run
 from models import gpt2, lora_llama
 
 import layup_hf.hub
@@ -300,8 +300,10 @@ def test_one_worker(hub, tmp_path):
     """Without a launcher."""
     options = [*ALWAYS, "--hub_strategy=every_save", f"--output_dir={tmp_path}/one"]
     variables = {**os.environ, **environment(hub, tmp_path), "LAYUP_TEST_RESULTS": str(tmp_path)}
+    variables["PYTHONPATH"] = f"{ROOT}:{SCRIPTS.parent}"
     command = [sys.executable, str(SCRIPTS / "hub.py"), *options]
-    subprocess.run(command, env=variables, timeout=120, check=True, capture_output=True)
+    done = subprocess.run(command, env=variables, timeout=120, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
     assert json.loads((tmp_path / "result-0.json").read_text())[0]["downloaded_is_model"]
     assert messages(hub, "tester/one") == [*IN_PROGRESS, "End of training"]
     assert "by one worker: plain training, nothing was exchanged.\n" in hub.files("tester/one")["README.md"].decode()

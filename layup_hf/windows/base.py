@@ -17,7 +17,12 @@ class PeerWindows(Protocol):
     """What a worker can see of its peers.
 
     All methods are called by the training thread, and none waits for a peer.
+
+    Attributes:
+        kind: For people: "shared", "nixl", or both.
     """
+
+    kind: str
 
     @property
     def ledger(self) -> Ledger:

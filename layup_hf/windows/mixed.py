@@ -23,6 +23,8 @@ class MixedWindows:
         local: Workers on this host.
     """
 
+    kind = "shared and nixl"
+
     def __init__(self, shared: SharedWindows, distant: NixlWindows, local: Sequence[int]) -> None:
         self.ledger = distant.ledger
         self.shared, self.distant = shared, distant

@@ -59,6 +59,8 @@ class NixlWindows:
     Make it with `NixlWindows.open`.
     """
 
+    kind = "nixl"
+
     def __init__(self, ledger: Ledger, layout: Layout, staging: Staging, courier: Courier) -> None:
         self.ledger = ledger
         self.staging = staging

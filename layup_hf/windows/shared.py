@@ -93,6 +93,8 @@ class SharedWindows:
     Make it with `SharedWindows.open`.
     """
 
+    kind = "shared"
+
     def __init__(self, ledger: Ledger, peers: dict[int, list[list[Tensor]]], devices: list[torch.device]) -> None:
         self.ledger = ledger
         self._peers = peers
