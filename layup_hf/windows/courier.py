@@ -154,7 +154,8 @@ class Courier:
             if peer.is_connected and peer.is_lost(now):
                 self._break(peer, TimeoutError("it is silent"))
             if not peer.is_connected and not peer.is_excluded and now >= peer.retry_at:
-                self._reconnect(peer)
+                with self._pace.uncounted():
+                    self._reconnect(peer)
         if self._pace.may_start:
             self._ask()
         self._report(now)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 BUDGET = 0.03
 """Share of the wall time that the exchange may take of a processor that training needs, too."""
@@ -51,6 +52,15 @@ class Pace:
         if self._budget is None or self._saved > 0:
             return self._delay
         return min(max(-self._saved / self._budget, self._delay), _LONGEST)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is used meanwhile does not count: making a lost connection anew takes what others need for seconds."""
+        self._count()
+        try:
+            yield
+        finally:
+            self._last = (self._clock(), self._used())
 
     def _count(self) -> None:
         """Add what the time since the last call was worth, and take off what has been used."""

@@ -68,3 +68,13 @@ def test_what_is_overdrawn_is_made_up_for_before_more_is_started():
     while not machine.pace.may_start:
         machine.round()
     assert machine.now == pytest.approx(0.3 / 0.03 - 0.05 / 0.03, rel=0.4)
+
+
+def test_what_is_used_for_a_lost_peer_is_not_taken_from_the_others():
+    machine = Machine(0.03, 1e-5)
+    for _ in range(20):
+        with machine.pace.uncounted():
+            machine.now += 0.2
+            machine.used += 0.2
+        machine.round()
+        assert machine.pace.may_start
