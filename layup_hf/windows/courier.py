@@ -112,8 +112,9 @@ class Courier:
         if self._thread.is_alive():
             self._thread.join()
         for peer in self._peers.values():
-            self._serving.cancel(peer)
-        self._serving.close()
+            if peer.write is not None:
+                self._transport.release(peer.write)
+                peer.write = None
         self._transport.close()
 
     # ---- The thread ----
@@ -151,11 +152,8 @@ class Courier:
             self._attempt(peer, self._serve)
             if peer.request is not None and peer.is_silent(now) and now - peer.asked_at > REPEAT_EVERY:
                 self._let_go(peer)
-            if peer.is_connected and peer.is_lost(now):
-                self._break(peer, TimeoutError("it is silent"))
-            if not peer.is_connected and not peer.is_excluded and now >= peer.retry_at:
-                with self._pace.uncounted():
-                    self._reconnect(peer)
+            if not peer.is_connected:
+                self._mind_lost(peer, now)
         if self._pace.may_start:
             self._ask()
         self._report(now)
@@ -275,7 +273,7 @@ class Courier:
             self._staging.take_back(slot)
         peer.request = peer.aside = None
         self._bytes += self._serving.layout.num_bytes[slot.block]
-        if slot.settled == self._ledger.settled:
+        if slot.settled == self._ledger.settled and not slot.is_doubtful:
             self._staging.ready[peer.rank, slot.block] = slot
         else:
             self._staging.give_back(slot)
@@ -294,10 +292,16 @@ class Courier:
                 "again until the worker is done without."
             )
             peer.was_lost = True
-        self._let_go(peer)
-        self._serving.cancel(peer)
-        self._disconnect(peer)
+        self._leave(peer)
         peer.wait_before_retry(time.monotonic())
+
+    def _leave(self, peer: Peer) -> None:
+        """Go on without the peer, for a while or for ever."""
+        peer.is_connected = False
+        self._let_go(peer)
+        if peer.aside is not None:
+            peer.aside.is_doubtful = True
+        self._serving.leave(peer)
 
     def _let_go(self, peer: Peer) -> None:
         """The peer may write what it was asked for at any time, or never: do not use that memory, but go on."""
@@ -305,13 +309,18 @@ class Courier:
             peer.aside, peer.request = peer.request, None
             self._staging.replace(peer.aside)
 
-    def _disconnect(self, peer: Peer) -> None:
-        peer.is_connected = False
-        peer.keys.clear()
-        try:
-            self._transport.disconnect(peer.name)
-        except Exception as error:
-            logger.debug(f"LayUp: rank {peer.rank} was not connected: {error}")
+    def _mind_lost(self, peer: Peer, now: float) -> None:
+        """End the old connection as soon as nothing is under way on it; after that, try a new one."""
+        if peer.is_known and self._serving.is_over(peer):
+            peer.is_known = False
+            peer.keys.clear()
+            try:
+                self._transport.disconnect(peer.name)
+            except Exception as error:
+                logger.debug(f"LayUp: rank {peer.rank} was not connected: {error}")
+        if not peer.is_known and not peer.is_excluded and now >= peer.retry_at:
+            with self._pace.uncounted():
+                self._reconnect(peer)
 
     def _reconnect(self, peer: Peer) -> None:
         peer.wait_before_retry(time.monotonic())
@@ -320,17 +329,13 @@ class Courier:
         except Exception as error:
             logger.debug(f"LayUp: rank {peer.rank} is not reached: {error}")
             return
-        peer.is_connected = True
+        peer.is_connected = peer.is_known = True
         peer.connected_at, peer.whole_at = time.monotonic(), 0.0
         self._attempt(peer, self._send_request)
 
     def _drop(self, peer: Peer) -> None:
         """Have no more to do with a peer."""
-        if peer.is_excluded:
-            return
-        peer.is_excluded = True
-        self._staging.discard(peer.rank)
-        self._let_go(peer)
-        self._serving.cancel(peer)
-        if peer.is_connected:
-            self._disconnect(peer)
+        if not peer.is_excluded:
+            peer.is_excluded = True
+            self._staging.discard(peer.rank)
+            self._leave(peer)

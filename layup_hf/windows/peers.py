@@ -13,7 +13,7 @@ from . import wire
 from .staging import Slot
 
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 2.0  # seconds
-_PATIENCE, _CUT = 3.0, 8.0  # seconds
+_PATIENCE = 3.0  # seconds
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class Peer:
         name: Of its NIXL agent.
         address: How to connect to it.
         is_connected, is_excluded: Whether it can be talked to now; whether it never will be again.
+        is_known: Whether NIXL still has its connection, if only as a write on it has not ended.
         was_lost: Whether the connection has ever broken.
         retry_at: When to connect again.
         sent, heard: Sequence numbers of the last message to it, and of the last one from it that was accepted.
@@ -48,6 +49,7 @@ class Peer:
     name: str
     address: bytes
     is_connected: bool = True
+    is_known: bool = True
     is_excluded: bool = False
     was_lost: bool = False
     retry_at: float = 0.0
@@ -74,12 +76,6 @@ class Peer:
     def is_silent(self, now: float) -> bool:
         """Whether it may be frozen, or its connection cut: a worker reports at least every second."""
         return now - max(self.heard_at, self.connected_at) > _PATIENCE
-
-    def is_lost(self, now: float) -> bool:
-        """Whether it has been silent for so long that a new connection may come through sooner than the old one: TCP
-        tries less and less often.
-        """
-        return now - max(self.heard_at, self.connected_at) > _CUT
 
     @property
     def is_idle(self) -> bool:

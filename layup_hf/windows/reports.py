@@ -42,7 +42,8 @@ class Reporter:
         news = (self._ledger.exchanged_with(self._ranks) != self._exchanged).any(axis=(0, 1))
         for column, peer in enumerate(self._peers):
             is_whole = now >= peer.whole_at
-            if peer.is_connected and (is_whole or bool(news[column]) or now >= peer.steps_at):
+            has_news = (bool(news[column]) or now >= peer.steps_at) and not peer.is_silent(now)  # it would pile up
+            if peer.is_connected and (is_whole or has_news):
                 report = self._report(peer, is_whole, column)
                 peer.steps_at = now + _STEPS_EVERY
                 if is_whole:

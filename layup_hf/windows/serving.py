@@ -33,7 +33,6 @@ class Serving:
             transport.register([self._buffer])
         self._holder: Peer | None = None  # who is being written to from the buffer, or is about to be
         self._converted: torch.cuda.Event | None = None
-        self._abandoned: list[tuple[Any, torch.Tensor | None]] = []
 
     def advance(self, peer: Peer, now: float) -> Answer | None:
         """Begin, go on with, or finish what the peer has asked for; gives the answer when it has been written.
@@ -45,7 +44,6 @@ class Serving:
         Raises:
             Exception: The peer cannot be written to.
         """
-        self._clear_abandoned()
         wanted = peer.wanted
         if wanted is None:
             return None
@@ -53,13 +51,8 @@ class Serving:
             peer.write = self._begin(peer, now)
         if peer.write is None or not self._transport.is_written(peer.write):
             return None
-        self._transport.release(peer.write)
-        peer.write = peer.wanted = None
-        if self._holder is peer:
-            self._holder = None
-        if peer.buffer is not None:
-            self._transport.forget(peer.buffer)
-            peer.buffer = None
+        self._forget(peer)
+        peer.wanted = None
         return Answer(wanted.number, wanted.block)
 
     def _begin(self, peer: Peer, now: float) -> Any:
@@ -98,29 +91,29 @@ class Serving:
             self._converted = torch.cuda.Event()
             self._converted.record()
 
-    def cancel(self, peer: Peer) -> None:
-        """Write no more to a peer. What is under way may still go on for a while: leave its memory alone until then."""
+    def leave(self, peer: Peer) -> None:
+        """Let go of the buffer, so that others can be written to, as it may be long before this peer is again."""
         if self._holder is peer:
             self._leave_behind(peer, math.inf)
+
+    def is_over(self, peer: Peer) -> bool:
+        """Whether nothing is under way to a peer any more. Until then NIXL may not forget it: what is under way would
+        go on, out of memory that is used for something else.
+        """
+        ended = True
         if peer.write is not None:
-            self._abandoned.append((peer.write, peer.buffer))
-            peer.write = peer.buffer = None
-
-    def _clear_abandoned(self) -> None:
-        for item in list(self._abandoned):
-            handle, buffer = item
-            ended = True
             with contextlib.suppress(Exception):  # a failure is an end, too
-                ended = self._transport.is_written(handle)
+                ended = self._transport.is_written(peer.write)
             if ended:
-                self._abandoned.remove(item)
-                self._transport.release(handle)
-                if buffer is not None:
-                    self._transport.forget(buffer)
+                self._forget(peer)
+        return ended
 
-    def close(self) -> None:
-        """Forget what is under way."""
-        for handle, _ in self._abandoned:
-            with contextlib.suppress(Exception):
-                self._transport.release(handle)
-        self._abandoned.clear()
+    def _forget(self, peer: Peer) -> None:
+        """The write to a peer has ended."""
+        self._transport.release(peer.write)
+        peer.write = None
+        if self._holder is peer:
+            self._holder = None
+        if peer.buffer is not None:
+            self._transport.forget(peer.buffer)
+            peer.buffer = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..blocks import Block
 from .transport import Pieces, Transport
 
+_REST = 10.0  # seconds
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
@@ -95,6 +97,9 @@ class Slot:
         number: Of the request.
         settled: How often this worker had settled when it asked: what comes from before a consensus point is not used.
         used: On CUDA, when the training thread's work on it will have ended.
+        is_doubtful: Whether the connection of the peer that was asked has broken since: what was under way on it may
+            still come when the peer has written here over a new one.
+        rests_until: When it can be used again; seconds of the monotonic clock.
     """
 
     def __init__(self, layout: Layout, transport: Transport) -> None:
@@ -104,11 +109,13 @@ class Slot:
         self.views = [layout.views(self.buffer, block) for block in range(len(layout.num_bytes))]
         self.peer = self.block = self.number = self.settled = -1
         self.used: torch.cuda.Event | None = None
+        self.is_doubtful = False
+        self.rests_until = 0.0
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing on the device still reads it."""
-        return self.used is None or self.used.query()
+        """Whether nothing still reads it or writes to it."""
+        return (self.used is None or self.used.query()) and time.monotonic() >= self.rests_until
 
 
 class Staging:
@@ -158,6 +165,8 @@ class Staging:
 
     def give_back(self, slot: Slot) -> None:
         """What is in the slot is not needed."""
+        if slot.is_doubtful:
+            slot.is_doubtful, slot.rests_until = False, time.monotonic() + _REST
         self._free.append(slot)
 
     def discard(self, peer: int | None = None) -> None:

@@ -9,6 +9,7 @@ ends when there is a file `stop`.
 """
 
 import collections
+import faulthandler
 import json
 import os
 import pickle
@@ -91,6 +92,7 @@ def run_forked(action, log):
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
+        faulthandler.enable()  # a crash in NIXL says where
         action()
         code = 0
     finally:

@@ -1,6 +1,7 @@
 """The courier, one round at a time, over a network that does what the test says."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -23,13 +24,15 @@ TOKEN, JOB, BLOCKS = b"t" * 32, b"j" * 16, 4
 
 
 class Network:
-    """Stands in for a `Transport`: remembers what is sent, and fails towards peers that are `down`."""
+    """Stands in for a `Transport`: remembers what is sent, and fails towards peers that are `down`, except that writes
+    to them which are `stuck` neither fail nor end.
+    """
 
     device_number = 0
 
     def __init__(self):
         self.inbox, self.sent, self.writes, self.down, self.connected = [], [], [], set(), []
-        self.registered = set()
+        self.registered, self.disconnected = set(), []
 
     def register(self, tensors):
         self.registered |= {tensor.data_ptr() for tensor in tensors}
@@ -50,7 +53,7 @@ class Network:
         return address
 
     def disconnect(self, name):
-        pass
+        self.disconnected.append(name)
 
     def send(self, name, message):
         if name in self.down:
@@ -60,11 +63,11 @@ class Network:
     def write(self, name, source, target, device):
         if name in self.down:
             raise ConnectionError("gone")
-        self.writes.append({"to": name, "source": source, "target": target, "done": False})
+        self.writes.append({"to": name, "source": source, "target": target, "done": False, "stuck": False})
         return self.writes[-1]
 
     def is_written(self, handle):
-        if handle["to"] in self.down:
+        if handle["to"] in self.down and not handle["stuck"]:
             raise ConnectionError("gone")
         return handle["done"]
 
@@ -259,10 +262,35 @@ def test_a_peer_that_was_lost_is_connected_again_and_told_everything(monkeypatch
     assert [request.address for request in setup.heard(1, wire.Request)][:1] == [asked]
     assert setup.staging.num_bytes == 3 * setup.serving.layout.size
     setup.answer(1)
-    assert list(setup.staging.ready) == [(1, 0)]
+    assert not setup.staging.ready  # something may still come over the old connection: that slot rests
     setup.offer(1, 1)
+    addresses = [request.address for request in setup.heard(1, wire.Request)]
+    assert addresses[-1] != asked
+    setup.answer(1)
+    assert list(setup.staging.ready) == [(1, setup.heard(1, wire.Request)[-1].block)]
+    now[0] += 11
+    setup.offer(1, 2)
     setup.courier._round()
     assert setup.staging.num_bytes == 2 * setup.serving.layout.size  # none stands in for another any more
+
+
+def test_a_connection_is_not_ended_before_what_is_under_way_on_it():
+    """NIXL would let the write go on, from and into memory that is used for something else meanwhile."""
+    setup = Setup()
+    setup.say(1, wire.Request(1, 0, 4096, 0, b"key"))
+    (write,) = setup.network.writes
+    write["stuck"] = True
+    setup.network.down.add("w1")
+    setup.peers[1].whole_at = 0.0
+    time.sleep(0.01)
+    setup.courier._round()
+    assert not setup.peers[1].is_connected
+    setup.courier._round()
+    assert not setup.network.disconnected
+    write["stuck"] = False
+    setup.courier._round()
+    assert setup.network.disconnected == ["w1"]
+    assert setup.peers[1].write is None
 
 
 def test_silent_peers_do_not_keep_the_slots_of_the_others(monkeypatch):
