@@ -149,11 +149,11 @@ def links(bench: Bench) -> None:
         turns.set_rate(rate)
         seconds = dict.fromkeys(bench.options.methods, turns.seconds)
         if "ddp" in seconds:
-            seconds["ddp"] = turns.slowest(turns.run("ddp", 6, seed=1))
+            seconds["ddp"] = turns.slowest(turns.run("ddp", 4, seed=1))
         for turn in range(bench.options.rounds):
             for method in bench.options.methods:
                 # DDP's steps are long where the link is slow.
-                steps = round(min(max(bench.options.seconds / seconds[method], 6), 2000))
+                steps = round(min(max(bench.options.seconds / seconds[method], 4), 2000))
                 turns.keep(turns.run(method, steps, seed=turn + 1), round=turn)
     turns.write()
 
@@ -179,7 +179,7 @@ def loss(bench: Bench) -> None:
 
     for name in options.rates:
         turns.set_rate(name)
-        seconds = turns.slowest(turns.run("ddp", 6, seed=1))
+        seconds = turns.slowest(turns.run("ddp", 4, seed=1))
         most = max(options.seconds / seconds, EVALUATIONS)
         steps = round(min(bench.options.steps, most)) // EVALUATIONS * EVALUATIONS
         turns.keep(turns.run("alone", 60, seed=1), learning_rate=0, seed=0, target_steps=steps, points=[])

@@ -145,8 +145,9 @@ class Host:
     def set_rate(self, rate: str) -> None:
         """Limit both directions of this host's cable, to "1mbit" say."""
         bits = bits_per_second(rate)
-        # A bucket of a millisecond, and of one largest packet at least, where the link is fast enough for that.
-        burst = int(max(16 * 1024, bits / 8 / 1000))
+        # A bucket of a millisecond, and where the link is fast enough of the largest packet (64 kB) that the kernel hands
+        # on in one piece: else that is cut up here, which takes the processor long, and on a machine the network card does.
+        burst = int(max(bits / 8 / 1000, min(68 * 1024, bits / 8 / 100), 16 * 1024))
         limit = int(burst + bits / 8 * QUEUE_SECONDS)
         shape = ["root", "tbf", "rate", f"{bits:.0f}bit", "burst", f"{burst}b", "limit", f"{limit}b"]
         for namespace, device in ((self.name, INTERFACE), (self.lab.switch, self._port)):
