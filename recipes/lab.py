@@ -145,8 +145,8 @@ class Host:
     def set_rate(self, rate: str) -> None:
         """Limit both directions of this host's cable, to "1mbit" say."""
         bits = bits_per_second(rate)
-        # A bucket of a millisecond, and where the link is fast enough of the largest packet (64 kB) that the kernel hands
-        # on in one piece: else that is cut up here, which takes the processor long, and on a machine the network card does.
+        # A bucket of a millisecond, or on a fast link of the largest packet (64 kB) that the kernel hands on whole:
+        # to cut that up here would take the processor long; on a machine the network card does it.
         burst = int(max(bits / 8 / 1000, min(68 * 1024, bits / 8 / 100), 16 * 1024))
         limit = int(burst + bits / 8 * QUEUE_SECONDS)
         shape = ["root", "tbf", "rate", f"{bits:.0f}bit", "burst", f"{burst}b", "limit", f"{limit}b"]
