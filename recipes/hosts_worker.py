@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from bench_worker import METHODS, PeakMemory, load_blocks
+from bench_worker import METHODS, PeakMemory, Stopwatch, load_blocks
 from datasets import disable_progress_bars
 from hosts_meters import LinkMeter, Notes, Samples, StopAfter
 from hosts_run import GPT2_BYTES_PER_SECOND, read_lines
@@ -198,7 +198,7 @@ def train(bench: Bench) -> None:
     samples = Samples(options.folder / f"samples-{options.host}.jsonl", options.sample_seconds)
     if options.sample_seconds:
         samples.start()
-    meter = LinkMeter(bench.state.device)
+    meter = Stopwatch(bench.state.device)
     args = bench.args()
     ends = [StopAfter(60 * options.minutes)] if options.minutes else []
     with PeakMemory(bench.state.device, options.memory) as memory:
