@@ -145,9 +145,9 @@ class Host:
     def set_rate(self, rate: str) -> None:
         """Limit both directions of this host's cable, to "1mbit" say."""
         bits = bits_per_second(rate)
-        # A bucket of a millisecond, or on a fast link of the largest packet (64 kB) that the kernel hands on whole:
-        # to cut that up here would take the processor long; on a machine the network card does it.
-        burst = int(max(bits / 8 / 1000, min(68 * 1024, bits / 8 / 100), 16 * 1024))
+        # A bucket of a millisecond, and of the largest packet (64 kB) that the kernel hands on whole: to cut that up
+        # here would take the processor long; on a machine the network card does it.
+        burst = int(max(68 * 1024, bits / 8 / 1000))
         limit = int(burst + bits / 8 * QUEUE_SECONDS)
         shape = ["root", "tbf", "rate", f"{bits:.0f}bit", "burst", f"{burst}b", "limit", f"{limit}b"]
         for namespace, device in ((self.name, INTERFACE), (self.lab.switch, self._port)):

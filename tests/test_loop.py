@@ -109,7 +109,7 @@ DATA = {
 
 
 def options_of_epochs(options):
-    return ["--num_train_epochs=2", "--slow=0.06", "--eval_strategy=epoch", *options]
+    return ["--num_train_epochs=2", "--slow=0.15", "--eval_strategy=epoch", *options]
 
 
 @pytest.fixture(scope="module")
