@@ -10,7 +10,7 @@ BUDGET = 0.02
 """Share of a worker's processor time that the exchange may take where training needs the processor, too."""
 
 _BUSY, _WAITING, _IDLE = 0.001, 0.005, 0.01  # seconds between two looks: things move; something is to come; nothing is
-_LEAST = 0.25  # of a core is what a worker is taken to use at least: it may wait for data, or to evaluate
+_LEAST = 0.5  # of a core is what a worker is taken to use at least: it may wait for data, or to evaluate
 _SLACK = 0.001  # seconds of processor time that may be overdrawn when one more block is begun
 _LONGEST = 0.25  # seconds: however much has been overdrawn, messages are looked for this often
 

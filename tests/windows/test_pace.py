@@ -34,7 +34,7 @@ def test_where_training_waits_there_is_time_for_the_exchange():
     machine = Machine(0.03, 1e-3, cores=0.0)
     while machine.now < 60:
         machine.round()
-    assert machine.used / machine.now == pytest.approx(0.03 / 4, rel=0.1)
+    assert machine.used / machine.now == pytest.approx(0.03 / 2, rel=0.1)
 
 
 def test_without_a_budget_it_looks_every_millisecond_while_things_move():
