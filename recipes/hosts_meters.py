@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import statistics
 import threading
 import time
 from pathlib import Path
@@ -36,7 +35,6 @@ class LinkMeter(Stopwatch):
             "steps": steps,
             "steps_per_second": steps / seconds,
             "step_seconds": seconds / steps,
-            "median_step": statistics.median(b - a for a, b in itertools.pairwise(self.times[first:])),
             "longest_step": max(b - a for a, b in itertools.pairwise(self.times[first:])),
             "received_per_step": received / steps,
             "sent_per_step": sent / steps,

@@ -112,9 +112,7 @@ class Courier:
         if self._thread.is_alive():
             self._thread.join()
         for peer in self._peers.values():
-            if peer.write is not None:
-                self._transport.release(peer.write)
-                peer.write = None
+            self._serving.abandon(peer)
         self._transport.close()
 
     # ---- The thread ----

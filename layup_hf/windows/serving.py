@@ -108,8 +108,14 @@ class Serving:
                 self._forget(peer)
         return ended
 
+    def abandon(self, peer: Peer) -> None:
+        """Forget what is under way to a peer, whether it has ended or not: for the end of all connections."""
+        if peer.write is not None:
+            with contextlib.suppress(Exception):  # what cannot be released must not keep the rest open
+                self._forget(peer)
+
     def _forget(self, peer: Peer) -> None:
-        """The write to a peer has ended."""
+        """Give back the handle of the write to a peer, and the buffer that it went out from."""
         self._transport.release(peer.write)
         peer.write = None
         if self._holder is peer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..blocks import Block
 from .transport import Pieces, Transport
 
-_REST = 10.0  # seconds
+_REST = 10.0  # seconds in which a slot that is doubtful is not used again
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
