@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .ahead import Ahead
 from .clock import ProgressClock
 from .group import Group, is_of_group
-from .launch import launches
+from .launch import has_joined, launches
 from .membership import Era, Fenced, Membership
 from .network import TOKEN_VARIABLE, Network, job_token
 from .store import Job, connect_store, launcher_store, start_keeper
@@ -174,7 +174,8 @@ class Eras:
         """At the beginning of an epoch: a worker that joins does so now; the others say where they are."""
         if self._is_outside:
             self._enter()
-            self._is_outside, self.args.job_to_join = False, None
+            self._is_outside = False
+            has_joined(self.args)
             self._meet()  # the others are in a meeting, for this worker's sake
         elif self._membership is not None and self._membership.leads:
             self._store.set("epoch", str(epoch))

@@ -11,6 +11,8 @@ from torch.distributed import HashStore
 from .network import Network
 from .store import Job, launcher_store
 
+_joining: Job | None = None  # by this process, with whichever of its configurations it trains
+
 
 def launches() -> int:
     """How many launches have started the workers of this run."""
@@ -26,10 +28,11 @@ def prepare_launch(args: Any) -> None:
     Raises:
         ValueError: There is no such interface or job, or the process group has been made already.
     """
-    args.job_to_join = None
+    global _joining
+    args.job_to_join = _joining
     place = getattr(args, "join", None)
     if torch.distributed.is_initialized():
-        if place is not None:
+        if place is not None and _joining is None:
             raise ValueError(
                 "`join` comes too late: the process group has been made already. Create the configuration before "
                 "anything that makes it, such as `PartialState` or `Accelerator`."
@@ -41,9 +44,15 @@ def prepare_launch(args: Any) -> None:
     Network.find(getattr(args, "network_interface", None), towards=host or "127.0.0.1").use()
     job = Job.at(place) if place is not None else _running_job()
     if job is not None:
-        args.job_to_join = job
+        args.job_to_join = _joining = job
         backend = "nccl" if torch.cuda.is_available() and not getattr(args, "use_cpu", False) else "gloo"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def has_joined(args: Any) -> None:
+    """What this process trains from here on joins nothing."""
+    global _joining
+    args.job_to_join = _joining = None
 
 
 def _running_job() -> Job | None:

@@ -168,6 +168,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--times", type=int, default=20, help="how often each fault happens")
     parser.add_argument("--cases", nargs="+", default=None, help="faults by name; all by default")
+    parser.add_argument(
+        "--fork", action=argparse.BooleanOptionalAction, default=True, help="instead of launching, faults"
+    )
+    parser.add_argument("--at_once", type=int, default=1, help="runs with faults, in labs of their own")
     parser.add_argument("--lease_seconds", type=float, default=5)
     parser.add_argument("--minutes", type=float, default=60, help="of the soak")
     parser.add_argument("--most_growth", type=float, default=2, help="percent of memory per hour that a soak may add")

@@ -5,10 +5,13 @@ three fifths of the undisturbed run. Results are written after every run, and a 
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import itertools
 import json
+import math
 import os
+import queue
 import random
 import re
 import shutil
@@ -21,11 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosts_fork import Forker
 from hosts_run import HostsRun
 from lab import Lab
 from tqdm import tqdm
 
 FAULT_SECONDS = 30.0  # of a freeze, a pulled cable, a slow or lossy link
+RETURN_SECONDS = {True: 8, False: 20}  # for a worker to be at work again, forked or launched
 PATIENCE = 400  # seconds for a whole run; a launcher alone waits 300 s at its end for one that has failed
 LAUNCHER_PATIENCE = 20  # seconds for a launcher to end after its worker
 
@@ -61,7 +66,7 @@ def _kill(run: HostsRun, victims: list[int]) -> None:
 def _lose_machine(run: HostsRun, victims: list[int]) -> None:
     host = run.lab.hosts[victims[0]]
     host.cut()
-    for pid in host.pids():
+    for pid in run.pids(host):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -115,6 +120,35 @@ CASES = {
 }
 
 
+class Place:
+    """A lab that is used for one run after the other, with what starts workers there."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.lab = Lab(options.hosts, options.rates[0])
+        self.rate, self.runs = options.rates[0], 0
+        self.lab.__enter__()
+        self.forkers = [Forker(host) for host in self.lab.hosts] if options.fork else None
+
+    def start(self, folder: Path, arguments: list[str]) -> HostsRun:
+        """A run on links that are whole; at a port of its own."""
+        self.clear()
+        self.runs += 1
+        return HostsRun(self.lab, folder, "train", arguments, self.forkers, 29500 + self.runs)
+
+    def clear(self) -> None:
+        """End all workers, and what is wrong with the links."""
+        for host in self.lab.hosts:
+            for pid in host.pids() if self.forkers is None else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for forker in self.forkers or []:
+            forker.end_workers()
+        for host in self.lab.hosts:
+            host.mend()
+            host.set_loss(0)
+            host.set_rate(self.rate)
+
+
 def faults(options: argparse.Namespace) -> None:
     """Run every case until it has happened `--times` times; the undisturbed run, first, a few times."""
     from hosts import write
@@ -126,52 +160,70 @@ def faults(options: argparse.Namespace) -> None:
     wanted = [(case, seed) for case in cases for seed in range(min(options.times, 5 if case == "none" else 999))]
     wanted.sort(key=lambda item: (item[0] != "none", item[1]))  # so that a stopped series has all cases equally often
     missing = [item for item in wanted if not any((r["case"], r["seed"]) == item for r in results)]
-    for case, seed in tqdm(missing, desc="runs", unit="run"):
-        typical = [r["seconds"] for r in results if r["case"] == "none" and r["seconds"]]
-        result = one(options, case, seed, statistics.median(typical) if typical else 30.0)
-        results.append(result)
-        write(options.folder, name, results)
-        if not result["ok"]:
-            tqdm.write(f"{case} {seed}: {result['problems']}; logs in {result['logs']}")
+    places: queue.SimpleQueue[Place] = queue.SimpleQueue()
+    everywhere = [Place(options) for _ in range(options.at_once)]
+    for place in everywhere:
+        places.put(place)
+
+    def run(item: tuple[str, int]) -> dict[str, Any]:
+        place = places.get()
+        try:
+            typical = [r["seconds"] for r in results if r["case"] == "none" and r["seconds"]]
+            return one(options, place, *item, statistics.median(typical) if typical else 30.0)
+        finally:
+            places.put(place)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
+            runs = [pool.submit(run, item) for item in missing]
+            for done in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="runs", unit="run"):
+                result = done.result()
+                results.append(result)
+                write(options.folder, name, results)
+                if not result["ok"]:
+                    tqdm.write(f"{result['case']} {result['seed']}: {result['problems']}; logs in {result['logs']}")
+    finally:
+        for place in everywhere:
+            place.lab.close()
     show_faults(results)
 
 
-def one(options: argparse.Namespace, case: str, seed: int, typical: float) -> dict[str, Any]:
+def one(options: argparse.Namespace, place: Place, case: str, seed: int, typical: float) -> dict[str, Any]:
     """One run with one fault; what of it there is to tell. Logs of a run with problems are kept."""
     draw = random.Random(f"{case}-{seed}")
     after = draw.uniform(0.2, 0.6) * typical
     fault, others = CASES[case], list(range(1, options.hosts))
     victims = [0] if fault.first else sorted(draw.sample(others, fault.victims))
     folder = Path(tempfile.mkdtemp(prefix="hosts-faults-"))
-    # Long enough for a worker to come back before the others have ended; a launch takes a quarter of a minute.
-    halves = 2 + 2 * (1 + round(FAULT_SECONDS / typical)) if fault.mend or fault.returns else 2
-    steps = options.steps // 2 * halves
-    with Lab(options.hosts, options.rates[0]) as lab:
-        run = HostsRun(lab, folder, "train", train_arguments(options, seed, steps))
-        problems, fault_at = [], 0.0
-        try:
-            run.wait_until(lambda: all(has_stepped(run, n) for n in range(options.hosts)), 120, "first step of all")
-            begun = time.time()
-            time.sleep(after)
-            fault_at = time.time()
-            fault.break_(run, victims)
-            if fault.mend:
-                time.sleep(FAULT_SECONDS)
-                fault.mend(run, victims)
-        except RuntimeError as error:
-            problems.append(str(error)[-3000:])
-        survivors = [n for n in range(options.hosts) if not (fault.lost and n in victims)]
-        deadline = time.time() + (PATIENCE if not problems else 0)
-        while time.time() < deadline and any(is_running(run, n) for n in survivors):
-            if any(run.launchers[n].poll() for n in survivors):
-                deadline = min(deadline, time.time() + LAUNCHER_PATIENCE)  # it has failed: do not wait for the others
-            time.sleep(0.2)
-        ended = time.time()
-        while time.time() < ended + LAUNCHER_PATIENCE and any(run.launchers[n].poll() is None for n in survivors):
-            time.sleep(0.2)
-        codes = [launcher.poll() for launcher in run.launchers]
-        notes = [run.notes(host) for host in lab.hosts]
-        ends = [run.result(host) for host in lab.hosts]
+    # Long enough for a worker to come back before the others have ended.
+    longer = FAULT_SECONDS * bool(fault.mend) + RETURN_SECONDS[options.fork] * bool(fault.mend or fault.returns)
+    steps = options.steps // 2 * (2 + math.ceil(2 * longer / typical))
+    run, lab = place.start(folder, train_arguments(options, seed, steps)), place.lab
+    problems, fault_at = [], 0.0
+    try:
+        run.wait_until(lambda: all(has_stepped(run, n) for n in range(options.hosts)), 120, "first step of all")
+        begun = time.time()
+        time.sleep(after)
+        fault_at = time.time()
+        fault.break_(run, victims)
+        if fault.mend:
+            time.sleep(FAULT_SECONDS)
+            fault.mend(run, victims)
+    except RuntimeError as error:
+        problems.append(str(error)[-3000:])
+    survivors = [n for n in range(options.hosts) if not (fault.lost and n in victims)]
+    deadline = time.time() + (PATIENCE if not problems else 0)
+    while time.time() < deadline and any(is_running(run, n) for n in survivors):
+        if any(run.launchers[n].poll() for n in survivors):
+            deadline = min(deadline, time.time() + LAUNCHER_PATIENCE)  # it has failed: do not wait for the others
+        time.sleep(0.2)
+    ended = time.time()
+    while time.time() < ended + LAUNCHER_PATIENCE and any(run.launchers[n].poll() is None for n in survivors):
+        time.sleep(0.2)
+    codes = [launcher.poll() for launcher in run.launchers]
+    notes = [run.notes(host) for host in lab.hosts]
+    ends = [run.result(host) for host in lab.hosts]
+    place.clear()
     masses = [entry["layup/mass"] for mine in notes for entry in mine if "layup/mass" in entry]
     problems += find_problems(folder, survivors, codes, ends, masses)
     pauses = [longest_pause(notes[n], fault_at) for n in survivors if n not in victims]
@@ -182,6 +234,7 @@ def one(options: argparse.Namespace, case: str, seed: int, typical: float) -> di
     return {
         "case": case,
         "seed": seed,
+        "forked": options.fork,
         "ok": not problems,
         "problems": problems,
         "logs": str(folder),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hosts_fork import WORKER_NAME, ForkedLauncher, Forker
 from lab import Host, Lab
 
 GPT2_BYTES_PER_SECOND = 498e6 / 0.58  # gradients per second of computation: see `hosts.py`
@@ -36,25 +37,39 @@ class HostsRun:
         folder: Empty folder for logs and results.
         what: Of `hosts_worker.py`.
         arguments: For it.
+        forkers: One for each host: workers are forked instead of launched.
+        port: Of rank 0's store.
 
     Attributes:
         launchers: The present launcher of each host.
     """
 
-    def __init__(self, lab: Lab, folder: Path, what: str, arguments: Sequence[str]) -> None:
-        self.lab, self.folder = lab, folder
+    def __init__(
+        self,
+        lab: Lab,
+        folder: Path,
+        what: str,
+        arguments: Sequence[str],
+        forkers: Sequence[Forker] | None = None,
+        port: int = 29500,
+    ) -> None:
+        self.lab, self.folder, self.forkers, self.port = lab, folder, forkers, port
         self.arguments = [what, f"--folder={folder}", "--host={host}", *arguments]
-        self.launchers: list[subprocess.Popen] = [self.start(host) for host in lab.hosts]
+        self.launchers: list[subprocess.Popen | ForkedLauncher] = [self.start(host) for host in lab.hosts]
 
-    def start(self, host: Host, *more: str) -> subprocess.Popen:
+    def start(self, host: Host) -> subprocess.Popen | ForkedLauncher:
         """Start the worker of one host; its output is appended to a log."""
-        with (self.folder / f"log-{host.index}.txt").open("a") as log:
+        file = self.folder / f"log-{host.index}.txt"
+        if self.forkers is not None:
+            arguments = [argument.replace("{host}", str(host.index)) for argument in self.arguments]
+            return self.forkers[host.index].start(arguments, len(self.lab.hosts), self.port, file)
+        with file.open("a") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT}
-            return self.lab.launch(str(WORKER), [*self.arguments, *more], hosts=[host], **options)[0]
+            return self.lab.launch(str(WORKER), self.arguments, [host], self.port, **options)[0]
 
-    def restart(self, host: Host, *more: str) -> None:
+    def restart(self, host: Host) -> None:
         """Repeat the launch of a host whose launch has ended."""
-        self.launchers[host.index] = self.start(host, *more)
+        self.launchers[host.index] = self.start(host)
 
     def log(self, host: Host) -> str:
         return (self.folder / f"log-{host.index}.txt").read_text(errors="replace")
@@ -68,14 +83,20 @@ class HostsRun:
         file = self.folder / f"worker-{host.index}.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    def pids(self, host: Host) -> list[int]:
+        """Every process of this run in a host."""
+        return host.pids() if self.forkers is None else self.forkers[host.index].pids()
+
     def worker(self, host: Host) -> int | None:
         """Process id of the worker itself, if it lives."""
-        for pid in host.pids():
+        for pid in self.pids(host):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
             except OSError:
                 continue  # it has just ended
-            if str(WORKER).encode() in words and b"accelerate.commands.launch" not in words:
+            is_script = str(WORKER).encode() in words and b"accelerate.commands.launch" not in words
+            if is_script or name == WORKER_NAME:
                 return pid
         return None
 

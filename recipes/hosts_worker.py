@@ -6,9 +6,8 @@ comes, so that there is something to read of a worker that was killed.
 """
 
 import argparse
-import itertools
 import json
-import statistics
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +42,13 @@ def ask_for_rate(state: PartialState, folder: Path, rate: str) -> None:
         while not (folder / "rate.txt").exists() or (folder / "rate.txt").read_text() != rate:
             time.sleep(0.05)
     state.wait_for_everyone()
+
+
+def write_whole(file: Path, value: Any) -> None:
+    """As JSON; who watches for the file never sees a part of it."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    os.replace(part, file)
 
 
 class Bench:
@@ -139,7 +145,7 @@ class Turns:
             print(f"measured {self.rate} {result['method']} {about}: {took}", flush=True)
 
     def write(self) -> None:
-        (self.options.folder / f"worker-{self.state.process_index}.json").write_text(json.dumps(self.results))
+        write_whole(self.options.folder / f"worker-{self.state.process_index}.json", self.results)
 
 
 def links(bench: Bench) -> None:
@@ -214,12 +220,11 @@ def train(bench: Bench) -> None:
         "loss": loss,
         "global_step": trainer.state.global_step,
         "own_steps": len(meter.times),
-        "median_step": statistics.median(b - a for a, b in itertools.pairwise(meter.times)),
         "parameter_bytes": 4 * trainer.model.num_parameters(),
         "peak_bytes": memory.bytes,
         "digest": sum(float(p.detach().double().sum()) for p in trainer.model.parameters()),
     }
-    (options.folder / f"worker-{options.host}.json").write_text(json.dumps(result))
+    write_whole(options.folder / f"worker-{options.host}.json", result)
 
 
 def main() -> None:

@@ -99,6 +99,7 @@ class Host:
         self.lab, self.index = lab, index
         self.name, self.address = f"{lab.name}-{index}", f"{SUBNET}.{index + 1}"
         self._port = f"p{index}"  # its end of the cable in the switch
+        self._loses = False
 
     def _connect(self) -> None:
         cable = ["link", "add", self._port, "type", "veth", "peer", "name", INTERFACE, "netns", self.name]
@@ -155,6 +156,8 @@ class Host:
 
     def set_loss(self, percent: float) -> None:
         """Drop this share of the packets that this host receives, at random; 0 ends it."""
+        if not percent and not self._loses:
+            return
         if shutil.which("nft") is None:
             raise LabError("Losing packets needs the command `nft`: apt-get install nftables")
         # Packets as on a wire: a loss of the 64 kB that the kernel hands on in one piece would be another thing.
@@ -168,6 +171,7 @@ class Host:
                 f"add rule ip lab input iifname {INTERFACE} numgen random mod 10000 < {round(percent * 100)} drop\n"
             )
         run("ip", "netns", "exec", self.name, "nft", "-f", "-", stdin=rules)
+        self._loses = bool(percent)
 
     def bytes_received(self) -> int:
         """Bytes that have come in through the cable since the lab began, headers included."""

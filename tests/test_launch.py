@@ -10,7 +10,7 @@ from torch.distributed import PrefixStore, TCPStore
 from layup_hf import LayupConfig
 from layup_hf.eras import Eras
 from layup_hf.keeper import PREFIX, WORKERS
-from layup_hf.launch import prepare_launch
+from layup_hf.launch import has_joined, prepare_launch
 from layup_hf.store import Job
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
@@ -42,6 +42,12 @@ def job(launcher):
     del server
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_joined_afterwards():
+    yield
+    has_joined(SimpleNamespace())
+
+
 def prepare(**options):
     arguments = SimpleNamespace(**{"join": None, "network_interface": None, "use_cpu": True, **options})
     prepare_launch(arguments)
@@ -61,6 +67,18 @@ def test_the_first_launches_join_nothing(launcher):
 def test_a_launch_that_is_repeated_joins_and_is_alone_until_then(launcher, job):
     assert prepare().job_to_join == job
     assert is_alone(launcher)
+
+
+def test_every_configuration_of_a_process_joins_until_it_has_joined(launcher, job, monkeypatch):
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    place = f"127.0.0.1:{job.port}"
+    prepare(join=place)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    second = prepare(join=place)
+    assert second.job_to_join == job
+    has_joined(second)
+    assert second.job_to_join is None
+    assert prepare().job_to_join is None
 
 
 def test_one_more_worker_joins_where_it_is_told(launcher, job, monkeypatch):
