@@ -51,6 +51,20 @@ class LayupOptions:
             "in fp32, rounded."
         },
     )
+    merge_at: str = field(
+        default="boundary",
+        metadata={
+            "help": "When a worker merges what peers offer: `boundary`: where a block's gradients are complete and "
+            "before its forward, so that gradients are exact; `arrival`: at any moment, from a thread."
+        },
+    )
+    bias_every: int = field(
+        default=0,
+        metadata={
+            "help": "Measure in every so many own steps by how much merges between forward and backward have changed "
+            "the gradient, by a second forward and backward; 0: never."
+        },
+    )
     offer_every: int = field(
         default=1,
         metadata={"help": "A worker offers a block after every so many of its own steps."},
@@ -133,6 +147,9 @@ def check_options(args: Any) -> None:
         raise ValueError(
             f"offer_every={args.offer_every}: a block must be offered at least now and then. Use 1 or more."
         )
+    if getattr(args, "merge_at", "boundary") not in ("boundary", "arrival"):
+        raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary' or 'arrival'.")
+    _check_bias_options(args)
     lease = getattr(args, "lease_seconds", None)
     if lease is not None and not 1 <= lease < math.inf:
         raise ValueError(
@@ -165,6 +182,22 @@ def check_options(args: Any) -> None:
             raise ValueError(
                 f"`optim={name!r}` and LayUp exclude each other: it cannot be stepped block by block, as {why}. Choose "
                 "another one, such as 'adamw_torch'."
+            )
+
+
+def _check_bias_options(args: Any) -> None:
+    """What the measurement of the gradient's bias cannot take apart."""
+    every = getattr(args, "bias_every", 0)
+    if every < 0:
+        raise ValueError(f"bias_every={every}: measure in every so many steps, or never (0).")
+    for option, usual, why in (
+        ("gradient_accumulation_steps", 1, "the gradient is then of several forwards"),
+        ("fp16", False, "the gradient is then scaled; use `bf16`"),
+        ("torch_compile", False, "compiled layers have their parameters built in"),
+    ):
+        if every and getattr(args, option, usual) != usual:
+            raise ValueError(
+                f"`bias_every` and `{option}` exclude each other: {why}. Leave `{option}` at {usual!r} to measure."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -73,13 +74,17 @@ class GossipEngine:
             theirs = self._windows.read(peer, index)
             if theirs is None:
                 continue
-            weight = merge_weight(units, ledger.own(index), ledger.untaken(index))
+            weight = self.weight(units, ledger.own(index), ledger.untaken(index))
             torch._foreach_lerp_(self._mine[index], theirs, weight)
             ledger.take(index, peer, units)
             self._windows.release(peer, index)
             self.staleness[ledger.staleness(index, peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
+
+    def weight(self, units: int, own: int, untaken: int) -> float:
+        """How far a merge moves this worker's block towards the peer's, between 0 and 1: see `merge_weight`."""
+        return merge_weight(units, own, untaken)
 
     def offer(self, block: Block) -> None:
         """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none."""
@@ -96,6 +101,19 @@ class GossipEngine:
         offered = len(peers) if units else 0
         self.counts["offers"] += offered
         self.counts["skipped_offers"] += self._sampler.count - offered
+
+    def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
+        """While the block is stepped and offered. Here nothing else writes it."""
+        return contextlib.nullcontext()
+
+    def resume(self) -> None:
+        """A step begins. Here merging needs no leave."""
+
+    def pause(self) -> None:
+        """The workers meet, and no block is to change but by them all. Here nothing else changes it."""
+
+    def close(self) -> None:
+        """Nothing is exchanged any more; before the windows are closed. Idempotent."""
 
     def exclude(self, peer: int) -> None:
         """Do without a peer whose lease has run out: take back what it was offered and has not taken. Idempotent."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -49,6 +50,7 @@ class BlockHooks:
         self._missing = list(self._expected)
         self._arrived: set[tuple[int, int]] = set()  # (block, parameter) whose gradient is there
         self._in_use = [False] * len(self._blocks)
+        self._is_muted = False
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> BlockHooks:
@@ -91,6 +93,15 @@ class BlockHooks:
         self._missing[:] = self._expected
         self._arrived.clear()
 
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Call nothing: for a forward with other weights than the model's."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
+
     def is_free(self, index: int) -> bool:
         """Whether the block may be written now: it has stepped, and its next forward has not begun."""
         return not self._in_use[index]
@@ -119,7 +130,7 @@ class BlockHooks:
         index, in_use = block.index, self._in_use
 
         def before_forward(module: nn.Module, _: object) -> None:
-            if in_use[index] or not module.training or not torch.is_grad_enabled():
+            if in_use[index] or self._is_muted or not module.training or not torch.is_grad_enabled():
                 return
             in_use[index] = True
             self._before_forward(block)

@@ -119,6 +119,11 @@ class Ledger:
         units = (self._offered[block, self.rank] - self._taken[block, self.rank]) * self._present
         return [(int(peer), int(units[peer])) for peer in np.flatnonzero(units)]
 
+    def waiting(self) -> list[int]:
+        """Blocks of which this worker has not yet taken some offer of a present peer."""
+        offers = (self._offered[:, self.rank] != self._taken[:, self.rank]) & (self._present != 0)
+        return np.flatnonzero(offers.any(axis=1)).tolist()
+
     def untaken(self, block: int) -> int:
         """Mass that this worker has offered and present peers have not yet taken."""
         units = self._offered[block, :, self.rank] - self._taken[block, :, self.rank]

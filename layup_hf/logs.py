@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from .bias import GradientBias
 from .clock import ProgressClock
 
 
@@ -16,6 +17,7 @@ class Logs:
     """Counts and logs for all by what each worker publishes in the ledger. To be mixed into a subclass of `Trainer`."""
 
     _clock: ProgressClock | None
+    _bias: GradientBias | None
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self._clock is None:
@@ -53,6 +55,7 @@ class Logs:
             "grad_norm": grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm,
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **self._engine.figures(),
+            **(self._bias.figures() if self._bias is not None else {}),
         }
         with self._alone():
             self.log(logs, start_time)

@@ -187,6 +187,7 @@ class ClockedLoop(Meetings):
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
         args = self.args
+        self._engine.resume()
         if self.accelerator.non_blocking:
             update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = self.get_batch_samples(update, args.gradient_accumulation_steps, args.device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import gather_object
 
 from .clock import ProgressClock, WorkerFailure
+from .gossip import GossipEngine
 from .membership import Membership
 
 
@@ -44,6 +45,7 @@ class Meetings:
 
     _clock: ProgressClock | None = None
     _membership: Membership | None = None
+    _engine: GossipEngine | None = None
     _agreed = _Wishes()  # at the meeting that is being held
     _begins_era = False  # a new era has just begun
     _is_acting = False  # all workers evaluate or save together
@@ -77,6 +79,8 @@ class Meetings:
             BatchTooLarge: So it is for some worker.
             RuntimeError: The workers have come for different purposes, or some do not come at all.
         """
+        if self._engine is not None:
+            self._engine.pause()
         self._next_epoch = self._epoch + has_ended
         mine = _Arrival(0, self._epoch, has_ended, purpose, self._steps_done, lacks_memory)
         while True:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .bias import GradientBias
 from .blocks import Block, split_into_blocks
 from .clipping import BlockClipper
 from .compiling import CompiledLayers, compile_options, nothing_compiled
@@ -31,6 +33,11 @@ class BlockSteps:
     _engine: GossipEngine | None = None  # with one worker there is none
     _layers: CompiledLayers | None = None
     _membership: Membership | None = None
+    _bias: GradientBias | None = None
+
+    def _may_exchange(self) -> bool:
+        """Whether this worker's lease holds, if there are leases."""
+        return self._membership is None or self._membership.is_current()
 
     @property
     def _clips_exactly(self) -> bool:
@@ -46,8 +53,11 @@ class BlockSteps:
             self._blocks = split_into_blocks(self.model)
             self.optimizer = BlockOptimizer(self.optimizer, self._blocks)
         with nothing_compiled(self.accelerator):
-            # `evaluation_mode` leaves out the DDP wrapper alone; autocast and device placement stay.
-            return self.accelerator.prepare_model(model, evaluation_mode=True)
+            # `evaluation_mode` leaves out the DDP wrapper alone; autocast stays, and the placement on a device. But the
+            # device of a worker on the CPU is "cpu:1", say, and moving there copies: the model would get other buffers
+            # than those which its block exchanges.
+            moves = self.accelerator.device_placement and self.args.device.type != "cpu"
+            return self.accelerator.prepare_model(model, device_placement=moves, evaluation_mode=True)
 
     @property
     def _block_optimizer(self) -> BlockOptimizer | None:
@@ -73,26 +83,41 @@ class BlockSteps:
             self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
         )
 
+        bias_every = getattr(self.args, "bias_every", 0)
+        self._bias = bias = GradientBias(self.model, bias_every) if bias_every else None
+
         def exchanges() -> bool:
-            return self._engine is not None and (self._membership is None or self._membership.is_current())
+            return self._engine is not None and self._may_exchange()
 
         def merge(block: Block) -> None:
             if exchanges():  # which engine it is changes with the workers
                 self._engine.merge(block)
+
+        def before_forward(block: Block) -> None:
+            merge(block)
+            if bias is not None:
+                bias.note_forward(block)
+
+        def on_block_ready(block: Block) -> None:
+            if bias is not None:
+                bias.note_gradient(block)
+            if clips:
+                take_block(block)
 
         def take_block(block: Block) -> None:
             merge(block)
             if clips:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
-            optimizer.step_block(block)
-            if exchanges():  # not after a freeze, before it is known whether the others have done without this worker
-                self._engine.offer(block)
+            with self._engine.holding(block) if self._engine is not None else contextlib.nullcontext():
+                optimizer.step_block(block)
+                if exchanges():  # not after a freeze, before it is known whether the others do without this worker
+                    self._engine.offer(block)
 
         self._hooks = BlockHooks(
             self._blocks,
-            on_block_ready=take_block if clips else lambda block: None,
-            before_forward=merge,
+            on_block_ready=on_block_ready,
+            before_forward=before_forward,
             is_synchronizing=lambda: self.accelerator.sync_gradients,
         ).install()
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
@@ -108,6 +133,21 @@ class BlockSteps:
         if self._block_optimizer is not None:  # nothing is to keep this trainer and its model alive
             self._block_optimizer.before_step = self._block_optimizer.take_block = None
         self._hooks = self._layers = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; now and then with a measurement of the gradient's bias."""
+        if self._bias is None or not self._bias.is_due():
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._bias.recording():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._hooks.finish_backward()
+
+        def loss_of(other: nn.Module) -> Tensor:
+            with self._hooks.muted(), self.compute_loss_context_manager():
+                return self.compute_loss(other, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
+        self._bias.measure(loss_of)
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._clips_exactly:

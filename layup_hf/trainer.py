@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import report
+from .arrival import ArrivalEngine
 from .blocks import Block
 from .checkpoint import Checkpoints
 from .clock import ProgressClock, WorkerFailure
@@ -146,13 +147,15 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
                 self._windows = callback.late_windows(self._windows, rank)
         self._ledger = self._windows.ledger
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
-        self._engine = GossipEngine(
-            self._blocks,
-            self._windows,
-            sampler,
-            offer_every=getattr(self.args, "offer_every", 1),
-            is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
-        )
+        parts, offer_every = (self._blocks, self._windows, sampler), getattr(self.args, "offer_every", 1)
+        if getattr(self.args, "merge_at", "boundary") == "arrival":
+            self._engine = ArrivalEngine(*parts, offer_every=offer_every, may_exchange=self._may_exchange)
+        else:
+            self._engine = GossipEngine(
+                *parts,
+                offer_every=offer_every,
+                is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
+            )
         self._masses = (1.0,) * world_size
         self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)
         logger.info(
@@ -160,6 +163,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         )
 
     def _close_exchange(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
         if self._windows is not None:
             self._windows.close()
         self._windows = self._engine = None
@@ -270,6 +275,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
     def _agree_on_model(self) -> None:
         """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
         self._require_same_parameters()
+        if self._engine is not None:
+            self._engine.pause()
         ledger = self._ledger if self._engine is not None else None
         done = gather_object([self._steps_done])
         consensus = reach_consensus(self._blocks, ledger, self._is_new)

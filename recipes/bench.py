@@ -5,6 +5,7 @@
     python recipes/bench.py overhead                    one process: step time of LayupTrainer against Trainer
     python recipes/bench.py meetings --processes 2      what logging costs, and the parts of a meeting to evaluate
     python recipes/bench.py quality  --processes 4      held-out loss at equal samples, each at its best learning rate
+    python recipes/bench.py gpu      --device cuda      one GPU: speed and memory by Trainer, workers that share it
 
 Prints a Markdown table and writes the figures as JSON into `--folder`. `quality` goes on where it was stopped.
 """
@@ -159,7 +160,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory", "overhead", "meetings", "quality"])
+    parser.add_argument("what", choices=["speed", "memory", "overhead", "meetings", "quality", "gpu"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=25)
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
@@ -177,6 +179,10 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(f"{options.what}, {options.processes} process(es), {device}, torch {torch.__version__}, {platform.machine()}")
     measures = {"speed": speed, "memory": memory, "overhead": overhead, "meetings": meetings, "quality": quality}
+    if options.what == "gpu":
+        from bench_gpu import gpu
+
+        measures["gpu"] = gpu
     results = measures[options.what](options)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what != "quality":

@@ -138,11 +138,17 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def load_blocks(state: PartialState, block_size: int, count: int) -> tuple[PreTrainedTokenizerBase, Dataset]:
-    """The default text's tokenizer, and `count` blocks of it. Collective."""
-    corpus, cache = load_corpus(), cache_folder()
+def load_blocks(
+    state: PartialState,
+    block_size: int,
+    count: int,
+    vocab_size: int = VOCABULARY,
+    train_file: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    """A tokenizer of the text, and `count` blocks of it. The default text if no file is given. Collective."""
+    corpus, cache = load_corpus(train_file=train_file), cache_folder()
     with state.main_process_first():
-        tokenizer = cached_tokenizer(corpus.train, corpus.column, VOCABULARY, cache)
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, vocab_size, cache)
         rows = (corpus.train, corpus.column, tokenizer, corpus.rows_are_documents)
         return tokenizer, make_blocks(*rows, block_size=block_size, most=count, name="training", cache=cache)
 
@@ -157,11 +163,12 @@ def main() -> None:
     parser.add_argument("--config_overrides", default="")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", required=True)
     options = parser.parse_args()
 
     logging.set_verbosity_error()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=options.device == "cpu")
     count = options.steps * options.batch_size * state.num_processes
     tokenizer, blocks = load_blocks(state, options.block_size, count)
     config = make_config(None, options.config_overrides, tokenizer, options.block_size)

@@ -51,8 +51,8 @@ def write_results(file: Path, results: dict[str, Any]) -> None:
     os.replace(unfinished, file)
 
 
-def draw_curve(points: list[dict[str, float]], title: str, file: Path) -> bool:
-    """Draw training and held-out loss (nats per token) over time (seconds) into the PNG `file`.
+def draw_curve(points: list[dict[str, float]], title: str, file: Path, unit: str = "nats per token") -> bool:
+    """Draw training and held-out loss (in `unit`) over time (seconds) into the PNG `file`.
 
     Returns:
         False, with a line saying how to install it, if matplotlib is missing.
@@ -71,7 +71,7 @@ def draw_curve(points: list[dict[str, float]], title: str, file: Path) -> bool:
         chosen = [(point["seconds"], point[key]) for point in points if key in point]
         if chosen:
             axes.plot(*zip(*chosen, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="seconds", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="seconds", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)

@@ -12,26 +12,26 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import torch
 from corpus import load_corpus
 from curve import TimedLog, draw_curve, write_results
 from datasets import Dataset
 from model import make_config, make_model, write_sample
 from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
+from training import parse_options, train_and_report
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
 
-from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
+from layup_hf import LayupConfig
 
 # The recipe's own defaults for the training options; the command line goes before them.
 DEFAULTS: dict[str, Any] = {
@@ -98,13 +98,7 @@ class DataArguments:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, LayupConfig]:
     """Read the command line. Starts the process group, so call it once."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, LayupConfig))
-    # The process group starts with the training arguments, so the choice of device has to come first.
-    parser.set_defaults(**DEFAULTS, use_cpu=not torch.cuda.is_available(), num_train_epochs=None)
-    if parser.parse_known_args(arguments)[0].num_train_epochs is None:
-        # Steps outrank epochs in the Trainer: only count them if epochs were not asked for.
-        parser.set_defaults(max_steps=STEPS, num_train_epochs=1.0)
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_options((ModelArguments, DataArguments, LayupConfig), DEFAULTS, STEPS, arguments)
 
 
 def prepare(
@@ -203,30 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"of {data_args.block_size} tokens, {step:,} tokens per step.",
             flush=True,
         )
-    timed = TimedLog()
-    callbacks = [timed]
-    if args.straggler and model_args.trainer == "ddp":
-        callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
-    trainer = {"layup": LayupTrainer, "ddp": Trainer}[model_args.trainer](
+    train_and_report(
+        model_args.trainer,
+        args,
+        partial(report, model_args=model_args, block_size=data_args.block_size),
         model=model,
-        args=args,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    final = trainer.evaluate()
-    if first:
-        report(trainer, timed, final, model_args, data_args.block_size)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    # Nobody leaves before the first worker has written everything; and a group destroyed right after a
-    # collective operation can deadlock, its thread waiting for the lock of the interpreter.
-    args.distributed_state.wait_for_everyone()
-    args.distributed_state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,26 @@ def test_merge_weight_is_between_zero_and_one(offered, own, untaken):
 def test_merge_weight_refuses_what_makes_no_sense(offered, own, untaken):
     with pytest.raises(ValueError, match="Cannot merge"):
         merge_weight(offered, own, untaken)
+
+
+@given(data=st.data(), count=st.integers(1, 8))
+@settings(deadline=None)
+def test_arrays_are_taken_element_by_element(data, count):
+    """As integers are, up to the mass of 1024 workers."""
+    draws = st.lists(st.integers(1, 340 * UNIT), min_size=count, max_size=count)
+    offered, own, untaken = (data.draw(draws) for _ in range(3))
+    receivers = data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count))
+    weights = merge_weight(*(np.array(units) for units in (offered, own, untaken)))
+    assert weights.tolist() == [merge_weight(*units) for units in zip(offered, own, untaken, strict=True)]
+    shares = share(np.array(own), np.array(receivers))
+    assert shares.tolist() == [share(*pair) for pair in zip(own, receivers, strict=True)]
+
+
+def test_arrays_with_one_entry_that_makes_no_sense_are_refused():
+    with pytest.raises(ValueError, match="cannot be divided"):
+        share(np.array([UNIT, -1]), np.array([1, 1]))
+    with pytest.raises(ValueError, match="Cannot merge"):
+        merge_weight(np.array([1, 0]), np.array([1, 1]), np.array([0, 0]))
 
 
 @st.composite

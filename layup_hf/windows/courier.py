@@ -60,7 +60,9 @@ class Courier:
         self._reporter = Reporter(ledger, peers)
         num_blocks = len(serving.layout.num_bytes)
         self._merged = np.zeros(num_blocks)  # when the block was last merged with a peer on another host
-        self._merged_from = np.zeros((num_blocks, ledger.masses().shape[1]))
+        # Likewise by peer; before any merge each worker begins with another, or all would ask the first ranks at once.
+        workers = ledger.masses().shape[1]
+        self._merged_from = np.tile((np.arange(workers) - ledger.rank) % workers / workers - 1, (num_blocks, 1))
         self._settled = ledger.settled
         self._since = self._looked = time.monotonic()
         self._busy = 0.0

@@ -1,0 +1,153 @@
+"""Gossip of whole models, as variations of LayUp's own engine: what differs is written here, and nothing else.
+
+The whole model is one block, so a worker steps, offers and merges it as one; see `WholeModelTrainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from layup_hf import LayupTrainer
+from layup_hf.blocks import Block
+from layup_hf.gossip import GossipEngine
+from layup_hf.optimizer import BlockOptimizer
+from layup_hf.topology import PeerSampler
+
+
+class WholeModelEngine(GossipEngine):
+    """Merges once per step, before its forward."""
+
+    _has_stepped = True
+
+    def merge(self, block: Block) -> None:
+        """Take what is offered, unless this step's forward has begun: its gradient is to fit its weights."""
+        if self._has_stepped:
+            super().merge(block)
+        self._has_stepped = False
+
+    def offer(self, block: Block) -> None:
+        super().offer(block)
+        self._has_stepped = True
+
+
+class SnapshotEngine(WholeModelEngine):
+    """Offers the model as it is when it is offered: what a peer reads is a copy made then.
+
+    Args:
+        blocks, windows, sampler, options: As of `WholeModelEngine`; the windows show the peers' copies.
+        copies: This worker's, which its peers see.
+    """
+
+    def __init__(self, blocks: Sequence[Block], *args: Any, copies: Sequence[Block], **options: Any) -> None:
+        super().__init__(blocks, *args, **options)
+        self._copies = [block.tensors for block in copies]
+
+    def weight(self, units: int, own: int, untaken: int) -> float:
+        return units / (own + units)  # what was sent is no longer the sender's
+
+    def offer(self, block: Block) -> None:
+        if self._ledger.eligible(block.index):
+            torch._foreach_copy_(self._copies[block.index], self._mine[block.index])
+        super().offer(block)
+
+
+class EqualEngine(WholeModelEngine):
+    """Merges by half, and offers one unit of mass, the least there is: all workers keep the same mass but for a part in
+    2**40.
+    """
+
+    def weight(self, units: int, own: int, untaken: int) -> float:
+        return 0.5
+
+    def offer(self, block: Block) -> None:
+        index = block.index
+        self._ledger.count_step(index)
+        peers = self._sampler.sample(self._ledger.eligible(index))
+        for peer in peers:
+            self._ledger.offer(index, peer, 1)
+        self.counts["offers"] += len(peers)
+        self.counts["skipped_offers"] += self._sampler.count - len(peers)
+        self._has_stepped = True
+
+
+class WholeModelTrainer(LayupTrainer):
+    """LayUp with the whole model as one block. To be used with `clip="exact"`, so that the model steps when backward
+    has ended, and with `peers_per_step=1`.
+
+    Evaluated as LayUp is: at consensus points, on the mean of all workers by mass, which all then go on from.
+    """
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        is_new = training and self._block_optimizer is None
+        model = super()._wrap_model(model, training, dataloader)
+        if is_new:
+            self._blocks = [one_block(self._blocks, self.model)]
+            self.optimizer = BlockOptimizer(self._block_optimizer.inner, self._blocks)
+        return model
+
+    def _sampler(self) -> PeerSampler:
+        return PeerSampler(self.args.process_index, self.args.world_size, self.args.peers_per_step, self.args.seed)
+
+
+class GoSgdTrainer(WholeModelTrainer):
+    """GoSGD (Blot et al., arXiv 1611.09726): after a step a worker sends its model as it is, with half of its weight,
+    to a random peer; the peer merges it by the two weights before its next step.
+
+    Not as there: the optimizer is AdamW; a worker sends after every step, unless the peer has not yet taken the last
+    model; there is one copy per worker instead of a queue of messages, so what is taken may be a later copy than the
+    one that was offered, or with three workers or more one that is being overwritten; and at a consensus point what is
+    on the way counts with its sender's present model.
+    """
+
+    def _open_exchange(self) -> None:
+        blocks = self._blocks
+        self._blocks = copies = [copy_of(block) for block in blocks]
+        super()._open_exchange()  # peers see the copies
+        self._blocks = blocks
+        self._engine = SnapshotEngine(
+            blocks,
+            self._windows,
+            self._sampler(),
+            copies=copies,
+        )
+
+
+class AdPsgdTrainer(WholeModelTrainer):
+    """AD-PSGD (Lian et al., arXiv 1710.06952): in every step a worker averages its model with that of a random peer.
+
+    Not as there: the optimizer is AdamW; averaging is not one atomic act of both, which needs locks and a graph without
+    deadlocks, but each of the two moves halfway to the other's live model when it comes to its next step, if the other
+    has chosen it; and the gradient is taken after averaging, not at the weights before.
+    """
+
+    def _open_exchange(self) -> None:
+        super()._open_exchange()
+        self._engine = EqualEngine(self._blocks, self._windows, self._sampler())
+
+
+def one_block(blocks: Sequence[Block], model: nn.Module) -> Block:
+    """All blocks of a model as one."""
+    return Block(
+        index=0,
+        name="model",
+        parameter_names=tuple(chain.from_iterable(block.parameter_names for block in blocks)),
+        parameters=tuple(chain.from_iterable(block.parameters for block in blocks)),
+        buffers=tuple(chain.from_iterable(block.buffers for block in blocks)),
+        modules=(model,),
+        completes_late=any(block.completes_late for block in blocks),
+    )
+
+
+def copy_of(block: Block) -> Block:
+    """A block of the same name and shapes with memory of its own."""
+    return replace(
+        block,
+        parameters=tuple(nn.Parameter(p.detach().clone()) for p in block.parameters),
+        buffers=tuple(buffer.detach().clone() for buffer in block.buffers),
+    )

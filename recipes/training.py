@@ -1,0 +1,62 @@
+"""What recipes share: reading the options, and a training by LayUp or by the stock Trainer from start to end."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from curve import TimedLog
+from transformers import HfArgumentParser, Trainer
+
+from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
+
+
+def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str]) -> Any:
+    """One object of each of the `kinds` (dataclasses, the training arguments last) from the command line.
+
+    Starts the process group, so call it once.
+
+    Args:
+        kinds: dataclasses whose fields are the options.
+        defaults: of the recipe; the command line goes before them.
+        steps: how many to make, unless steps or epochs were asked for.
+        arguments: the command line.
+    """
+    parser = HfArgumentParser(kinds)
+    # The process group starts with the training arguments, so the choice of device has to come first.
+    parser.set_defaults(**defaults, use_cpu=not torch.cuda.is_available(), num_train_epochs=None)
+    if parser.parse_known_args(arguments)[0].num_train_epochs is None:
+        # Steps outrank epochs in the Trainer: only count them if epochs were not asked for.
+        parser.set_defaults(max_steps=steps, num_train_epochs=1.0)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def train_and_report(
+    trainer: Literal["layup", "ddp"],
+    args: LayupConfig,
+    report: Callable[[Trainer, TimedLog, dict[str, float]], None],
+    **parts: Any,
+) -> None:
+    """Train, save and evaluate; the first worker reports; and all leave together.
+
+    Args:
+        trainer: LayUp, or the stock Trainer with gradient averaging.
+        args: of both.
+        report: called on the first worker with the trainer, the times of its log entries and the final metrics.
+        parts: model, data and whatever else the trainer takes.
+    """
+    timed = TimedLog()
+    callbacks = [timed]
+    if args.straggler and trainer == "ddp":
+        callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
+    chosen = {"layup": LayupTrainer, "ddp": Trainer}[trainer](args=args, callbacks=callbacks, **parts)
+    chosen.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    chosen.save_model()
+    final = chosen.evaluate()
+    if args.process_index == 0:
+        report(chosen, timed, final)
+    if args.push_to_hub:
+        chosen.push_to_hub()
+    # Nobody leaves before the first worker has written everything; and a group destroyed right after a
+    # collective operation can deadlock, its thread waiting for the lock of the interpreter.
+    args.distributed_state.wait_for_everyone()
+    args.distributed_state.destroy_process_group()
