@@ -6,7 +6,8 @@
     python recipes/compare.py --hosts 2 --rate 100mbit       each worker on a host of its own (see `lab.py`; needs root)
     python recipes/compare.py show                           the table and the pictures again
 
-Each method trains with every learning rate for the first seed, and with its best one for all seeds. Prints a Markdown
+Each method trains with every learning rate for the first seed, and with its best one for all seeds; with `--whole_grid`
+with every learning rate for all seeds, as one seed may be lucky with a rate that is too high. Prints a Markdown
 table, draws `compare-samples.png` and `compare-seconds.png`, and keeps all figures in `compare.json`, in `--folder`. It
 is written after every run, so the same command goes on where it was stopped. A run that diverges or fails counts as
 infinitely bad, and the others go on.
@@ -80,7 +81,8 @@ def wanted(settings: dict[str, Any], methods: list[str], runs: list[Run]) -> lis
     done = [key_of(run) for run in runs]
     wants: list[Run] = []
     for method in methods:
-        mine = [make_run(method, rate, first) for rate in settings["learning_rates"]]
+        grid_seeds = settings["seeds"] if settings.get("whole_grid") else [first]
+        mine = [make_run(method, rate, seed) for rate in settings["learning_rates"] for seed in grid_seeds]
         mine += [make_run(method, settings["learning_rates"][0], first, memory=True)]
         best = best_rate(runs, method, first)
         if best is not None and all(run in done for run in mine):
@@ -126,7 +128,7 @@ class Comparison:
         if self.file.exists():
             results = self.results()
             differing = [name for name in settings if results["settings"].get(name) != settings[name]]
-            if set(differing) - {"learning_rates", "seeds"}:  # of these there may be more than before
+            if set(differing) - {"learning_rates", "seeds", "whole_grid"}:  # of these there may be more than before
                 raise SystemExit(
                     f"{self.file} has results with other settings ({', '.join(differing)}). Choose another --folder, "
                     "or the settings with which it was begun."
@@ -141,7 +143,8 @@ class Comparison:
         rates, seeds = len(self.settings["learning_rates"]), len(self.settings["seeds"])
         form = "{l_bar}{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]"
         self._told = len(self.results()["runs"])
-        with tqdm(total=len(self.methods) * (rates + seeds), bar_format=form) as bar:  # with one for memory
+        whole = 1 + (rates * seeds if self.settings.get("whole_grid") else rates + seeds - 1)  # with one for memory
+        with tqdm(total=len(self.methods) * whole, bar_format=form) as bar:
             while runs := wanted(self.settings, self.methods, self.results()["runs"]):
                 is_single = runs[0]["method"] == "single"
                 batch = [run for run in runs if (run["method"] == "single") == is_single]
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(NAMES), help="of those of the table; all by default")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="the grid")
     parser.add_argument("--seeds", type=int, nargs="+", help="of model and data; the grid is for the first")
+    parser.add_argument("--whole_grid", action="store_true", help="for all seeds; the best rate is then the mean's")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of every worker on average; a few more if evaluations need it")
     parser.add_argument("--evaluations", type=int)

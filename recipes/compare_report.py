@@ -48,10 +48,21 @@ def training_runs(runs: list[Run], method: str) -> list[Run]:
 
 
 def best_rate(runs: list[Run], method: str, seed: int) -> float | None:
-    """The learning rate with the lowest final loss for this seed; None if none has come to its end."""
-    losses = {r["learning_rate"]: final_loss(r) for r in training_runs(runs, method) if r["seed"] == seed}
-    best = min(losses, key=losses.__getitem__, default=None)
-    return best if best is not None and math.isfinite(losses[best]) else None
+    """The learning rate with the lowest final loss, mean over seeds, of those that have been run for the most seeds.
+
+    Args:
+        seed: For which the grid has been run, at least.
+
+    Returns:
+        None if none has come to its end with this seed.
+    """
+    losses: dict[float, dict[int, float]] = {}
+    for run in training_runs(runs, method):
+        losses.setdefault(run["learning_rate"], {})[run["seed"]] = final_loss(run)
+    losses = {rate: by_seed for rate, by_seed in losses.items() if math.isfinite(by_seed.get(seed, math.inf))}
+    most = max(map(len, losses.values()), default=0)
+    means = {rate: statistics.mean(by_seed.values()) for rate, by_seed in losses.items() if len(by_seed) == most}
+    return min(means, key=means.__getitem__, default=None)
 
 
 def best_runs(runs: list[Run], method: str, seed: int) -> dict[int, Run]:
@@ -145,10 +156,11 @@ def table(results: dict[str, Any]) -> str:
     samples = settings["steps"] * settings["workers"] * settings["batch_size"]
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     seeds = ", ".join(map(str, settings["seeds"]))
+    choice = "the mean over seeds" if settings.get("whole_grid") else f"seed {seed}"
     link = f"hosts joined by links of {settings['rate']}" if settings["hosts"] else "workers on one host"
     lines = [
         f"{settings['workers']} {link}; {size:,} parameters; {settings['steps']} steps of {settings['batch_size']} "
-        f"samples per worker, {samples:,} samples of {settings['block_size']} tokens; best of {rates} for seed {seed}; "
+        f"samples per worker, {samples:,} samples of {settings['block_size']} tokens; best of {rates} by {choice}; "
         f"seeds {seeds}" + (f"; delayed: {settings['straggler']}" if settings["straggler"] else "") + ".",
         "",
         "| " + " | ".join(HEADS) + " |",

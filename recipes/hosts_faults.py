@@ -313,7 +313,7 @@ def show_faults(results: list[dict[str, Any]]) -> None:
     """The table: survivors, what they waited, and what they had learnt."""
     undisturbed = [r["loss"] for r in results if r["case"] == "none" and r["loss"] is not None]
     reference = statistics.mean(undisturbed) if undisturbed else float("nan")
-    heads = ["fault", "runs", "all survivors trained, evaluated, saved and ended with 0", "mass"]
+    heads = ["fault", "runs", "all survivors trained, evaluated, saved and ended with 0", "mass at consensus points"]
     heads += ["longest pause of a survivor, median (largest)", "held-out loss at equal samples (of undisturbed)"]
     heads += ["victim's own steps afterwards, median"]
     print(f"\n| {' | '.join(heads)} |")
@@ -329,12 +329,8 @@ def show_faults(results: list[dict[str, Any]]) -> None:
         loss = f"{statistics.mean(losses):.3f} ({statistics.mean(losses) / reference:.3f})" if losses else ""
         pause = f"{statistics.median(pauses):.1f} s ({max(pauses):.1f} s)" if pauses else ""
         row = [case.title, str(len(runs)), f"**{sum(r['ok'] for r in runs)} of {len(runs)}**"]
-        row += [
-            ", ".join(f"{mass:g}" for mass in masses),
-            pause,
-            loss,
-            f"{statistics.median(again):g}" if again else "",
-        ]
+        mass = f"{masses[0]:g}" if masses[:1] == masses[-1:] else f"{masses[0]:.2f} to {masses[-1]:g}"
+        row += [mass, pause, loss, f"{statistics.median(again):g}" if again else ""]
         print("| " + " | ".join(row) + " |")
     waiting = [r["launchers_waiting"] for r in results]
     if any(waiting):

@@ -10,7 +10,7 @@ import numpy as np
 from layup_hf.topology import AUTO_PEERS
 
 TOPOLOGIES = ("uniform", "ring", "exponential")
-TIES = ("rank", "rotated")
+TIES = ("rotated", "rank")
 SPEEDS = ("equal", "straggler", "exponential")
 
 
@@ -39,8 +39,8 @@ class Settings:
         model_bytes: Size of the model on its way.
         rate: Bits per second of each worker's link, in each direction; infinity for memory that all share.
         delay: Seconds from asking for a block until it begins to come.
-        ties: Whom a worker asks first of peers that it has never merged with: "rank" the lowest rank, as the courier
-            does; "rotated" the one that comes after itself, so that not all ask the same peer.
+        ties: Whom a worker asks first of peers that it has never merged with: "rotated" the one that comes after
+            itself, as the courier does; "rank" the lowest rank, as all do, which leaves most links idle.
         learning_rate: Of plain SGD.
         noise: Standard deviation of a gradient's noise in each coordinate.
         spread: Standard deviation of the workers' optima in each coordinate; 0: all have one objective.
@@ -69,7 +69,7 @@ class Settings:
     model_bytes: float = 498e6
     rate: float = math.inf
     delay: float = 0.0
-    ties: str = "rank"
+    ties: str = "rotated"
     learning_rate: float = 0.1
     noise: float = 0.5
     spread: float = 0.0

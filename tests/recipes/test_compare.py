@@ -72,6 +72,10 @@ def test_a_run_that_diverged_or_failed_is_infinitely_bad_and_not_repeated():
     assert best_rate([failed, diverged], "ddp", 1) is None
     assert wanted(SETTINGS, ["ddp"], [failed, diverged, memory("ddp")]) == []
     assert best_rate([failed, made("ddp", 2e-3, 1)], "ddp", 1) == 2e-3
+    lucky = [made("ddp", 4e-3, 1, loss=1.0), made("ddp", 4e-3, 2, loss=9.0)]
+    steady = [made("ddp", 2e-3, 1, loss=2.0), made("ddp", 2e-3, 2, loss=2.0)]
+    assert best_rate([*lucky, *steady], "ddp", 1) == 2e-3
+    assert best_rate([*lucky, *steady[:1]], "ddp", 1) == 4e-3  # the others have been run for fewer seeds
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(64, 64), (65, 96), (1, 32)])

@@ -1,0 +1,178 @@
+"""What it costs that every worker has an AdamW of its own, apart from all that gossip does.
+
+    python recipes/local_adam.py --learning_rates 4e-3 8e-3 --seeds 1 2
+
+One process plays all workers, whose models are averaged exactly after every step and so are always equal. In a step
+each worker has the gradient of its own batch, clipped by its own norm. What differs is the step that the model makes:
+
+- `mean`: of one AdamW that sees the mean gradient, which is what DDP does;
+- `local`: the mean of the steps of the workers' own AdamWs, which is the best that local optimizers can come to;
+- `corrected`: as `local`, with second moments from which the noise is taken that a mean gradient would not have. A
+  worker's second moment is `s^2 + n^2`, with s what the batches share and n their noise; one of the mean gradient of M
+  workers is `s^2 + n^2 / M`. A running mean of the first moment's square tells s from n (noise of different steps is
+  independent), at the price of one more state.
+
+Prints held-out losses at equal samples and writes `local-adam.json` into `--folder`; goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from corpus import load_corpus
+from model import make_config, make_model
+from tokens import cache_folder, cached_tokenizer, collate, make_blocks
+from torch import Tensor
+from tqdm import tqdm
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+CLIP = 1.0
+HELD_OUT = 256
+NOISE_KEPT = (1 - BETA1) / (1 + BETA1)  # of independent noise, in the square of a running mean
+
+Tensors = list[Tensor]
+
+
+class Moments:
+    """The moments of one AdamW."""
+
+    def __init__(self, parameters: Tensors) -> None:
+        self.first, self.second, self.signal = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
+        self.steps = 0
+
+    def update(self, gradients: Tensors) -> None:
+        self.steps += 1
+        torch._foreach_lerp_(self.first, gradients, 1 - BETA1)
+        torch._foreach_mul_(self.second, BETA2)
+        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - BETA2)
+        squares = torch._foreach_mul(self.first, self.first)
+        torch._foreach_mul_(self.signal, BETA2)
+        torch._foreach_add_(self.signal, squares, alpha=(1 - BETA2) / self._whole(BETA1) ** 2)
+
+    def _whole(self, beta: float) -> float:
+        """What a running mean that began at zero has come to."""
+        return 1 - beta**self.steps
+
+    def step(self, workers: int) -> Tensors:
+        """The step in learning rates, if the second moment were that of the mean gradient of so many workers."""
+        steps = []
+        for first, second, signal in zip(self.first, self.second, self.signal, strict=True):
+            square = second / self._whole(BETA2)
+            if workers > 1:
+                noise = ((square - signal / self._whole(BETA2)) / (1 - NOISE_KEPT)).clamp(min=0)
+                square = (square - noise + noise / workers).clamp(min=0)
+            steps.append(first / self._whole(BETA1) / (square.sqrt() + EPSILON))
+        return steps
+
+
+def clipped(gradients: Sequence[Tensor]) -> Tensors:
+    norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
+    return torch._foreach_mul(list(gradients), float((CLIP / (norm + 1e-6)).clamp(max=1)))
+
+
+def mean_of(lists: Sequence[Tensors]) -> Tensors:
+    """Of each tensor over the workers."""
+    return [sum(tensors) / len(lists) for tensors in zip(*lists, strict=True)]
+
+
+def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -> dict[str, Any]:
+    """One run; its held-out loss."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    corpus, cache = load_corpus(), cache_folder()
+    tokenizer = cached_tokenizer(corpus.train, corpus.column, options.vocab_size, cache)
+    blocks = functools.partial(make_blocks, column=corpus.column, tokenizer=tokenizer, cache=cache)
+    count = options.steps * options.workers * options.batch_size
+    shape = {"rows_are_documents": corpus.rows_are_documents, "block_size": options.block_size}
+    rows = blocks(corpus.train, most=count, name="training", **shape)
+    held_out = blocks(corpus.held_out, most=HELD_OUT, name="held-out", **shape)
+    model = make_model(None, make_config(None, "", tokenizer, options.block_size), seed)
+    parameters = list(model.parameters())
+    order = iter(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist() * 2)
+
+    def gradients() -> Iterator[Tensors]:
+        """Of each worker's batch."""
+        for _ in range(options.workers):
+            batch = collate([rows[number] for number in itertools.islice(order, options.batch_size)])
+            yield clipped(torch.autograd.grad(model(**batch).loss, parameters))
+
+    model.train()
+    optimizers = [Moments(parameters) for _ in range(1 if rule == "mean" else options.workers)]
+    for step in range(options.steps):
+        found = list(gradients())
+        with torch.no_grad():
+            for optimizer, own in zip(optimizers, [mean_of(found)] if rule == "mean" else found, strict=True):
+                optimizer.update(own)
+            steps = mean_of([o.step(options.workers if rule == "corrected" else 1) for o in optimizers])
+            torch._foreach_add_(parameters, steps, alpha=-rate_at(step, options, peak_rate))
+    model.eval()
+    batches = [
+        collate([held_out[n] for n in range(i, min(i + 16, len(held_out)))]) for i in range(0, len(held_out), 16)
+    ]
+    with torch.no_grad():
+        loss = statistics.mean(float(model(**batch).loss) for batch in batches)
+    return {"rule": rule, "learning_rate": peak_rate, "seed": seed, "loss": loss}
+
+
+def rate_at(step: int, options: argparse.Namespace, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warm_up = options.warmup * options.steps
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (options.steps - warm_up)))
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    rates, seeds = (sorted({result[name] for result in results}) for name in ("learning_rate", "seed"))
+    losses = {(r["rule"], r["learning_rate"], r["seed"]): r["loss"] for r in results}
+    print(f"\n| one step is | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---{'|---' * len(rates)}|")
+    for rule in dict.fromkeys(result["rule"] for result in results):
+        cells = [[losses[rule, rate, seed] for seed in seeds if (rule, rate, seed) in losses] for rate in rates]
+        print(f"| {rule} | {' | '.join(', '.join(f'{loss:.3f}' for loss in cell) for cell in cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--block_size", type=int, default=64)
+    parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--warmup", type=float, default=0.4, help="share of the steps")
+    parser.add_argument("--at_once", type=int, default=2, help="runs, each on one core")
+    parser.add_argument("--folder", type=Path, default=Path("bench-output"))
+    options = parser.parse_args()
+    file = options.folder / "local-adam.json"
+    results = json.loads(file.read_text()) if file.exists() else []
+    done = {(r["rule"], r["learning_rate"], r["seed"]) for r in results}
+    wanted = list(itertools.product(options.seeds, options.learning_rates, options.rules))
+    missing = [(rule, rate, seed) for seed, rate, rule in wanted if (rule, rate, seed) not in done]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    run: Callable[..., Any] = functools.partial(train, options)
+    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn")) as pool:
+        runs = pool.map(run, *zip(*missing, strict=True)) if missing else []
+        for result in tqdm(runs, total=len(missing), unit="run"):
+            results.append(result)
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
+
+
+RULES = ("mean", "local", "corrected")
+
+if __name__ == "__main__":
+    main()
