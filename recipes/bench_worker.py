@@ -199,7 +199,7 @@ def main() -> None:
                     model=make_model(None, config, seed=turn),
                     args=args,
                     train_dataset=blocks,
-                    eval_dataset=blocks.select(range(32)),
+                    eval_dataset=blocks.select(range(min(32, len(blocks)))),
                     data_collator=collate,
                     callbacks=[stopwatch],
                 )
