@@ -179,6 +179,7 @@ class Bench:
         workers, (seconds, slept, on_link) = self.state.num_processes, meter.figures
         digest = hashlib.blake2b(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
         read = meter.logs.get("layup/bytes_read")
+        slept = max(slept, 0.0)  # two clocks, that differ by less than a tick; NaN stays NaN
         moved = 2 * read[-1] if read else ring_bytes(setup.reduced, workers)
         mine = {"digest": digest, "own_steps": len(meter.times), "slept": slept / seconds, "moved": moved}
         all_of_them = gather_object([mine | {"on_link": on_link}])
