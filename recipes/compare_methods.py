@@ -4,7 +4,7 @@ Every method trains with the Trainer's own AdamW, schedule and clipping, on the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from transformers import Trainer, TrainerCallback
 
-from layup_hf import LayupConfig, LayupTrainer
+from layup_hf import LayupTrainer
 
 POWERSGD_RANK = 4
 
@@ -49,10 +49,6 @@ class Method:
     trainer: Callable[..., Trainer]
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: tuple[TrainerCallback, ...] = ()
-
-
-class Unavailable(RuntimeError):
-    """The installed layup_hf does not have what the method needs."""
 
 
 # ---- One process, and DDP ----
@@ -250,8 +246,6 @@ def layup(setup: Setup) -> Method:
 
 def layup_arrival(setup: Setup) -> Method:
     """LayUp that merges whenever something arrives, as its paper does (arXiv 2410.05985)."""
-    if "merge_at" not in {option.name for option in fields(LayupConfig)}:
-        raise Unavailable("LayupConfig has no option merge_at")
     return Method(LayupTrainer, {"merge_at": "arrival"})
 
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from bench_worker import PeakMemory, Stopwatch, load_blocks
-from compare_methods import LOCAL, METHODS, LocalTrainer, Method, Setup, Unavailable, ring_bytes
+from compare_methods import LOCAL, METHODS, LocalTrainer, Method, Setup, ring_bytes
 from curve import write_results
 from datasets import disable_progress_bars
 from hosts_meters import COUNTERS
@@ -162,10 +162,7 @@ class Bench:
         options, state, workers = self.options, self.state, self.state.num_processes
         longer = options.workers if run["method"] == "single" else 1
         setup = Setup(options.steps, options.period)
-        try:
-            method = METHODS[run["method"]](setup)
-        except Unavailable as reason:
-            return {"failure": f"unavailable: {reason}"}
+        method = METHODS[run["method"]](setup)
         meter, every = Meter(state, options.batch_size, progress), longer * options.steps // options.evaluations
         callbacks = [*([StragglerCallback(options.straggler)] if options.straggler and workers > 1 else []), meter]
         arguments = {"learning_rate": run["learning_rate"], "max_steps": longer * options.steps}
@@ -207,10 +204,7 @@ class Bench:
         gc.collect()
         with contextlib.suppress(OSError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what the last run has freed would be used again, unseen
-        try:
-            method = METHODS[run["method"]](setup)
-        except Unavailable as reason:
-            return {"failure": f"unavailable: {reason}"}
+        method = METHODS[run["method"]](setup)
         self.state.wait_for_everyone()
         with PeakMemory(self.state.device, sample=True) as memory:
             rate = run["learning_rate"]
