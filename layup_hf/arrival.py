@@ -59,15 +59,19 @@ class ArrivalEngine(GossipEngine):
         if self._failure is not None:
             raise RuntimeError(f"Merging has failed: {self._failure}") from self._failure
 
-    @contextlib.contextmanager
-    def holding(self, block: Block) -> Iterator[None]:
+    def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Keep the thread off the block; at most one merge of it is waited for."""
-        with self._locks[block.index]:
+        return self._holding(block.index)
+
+    @contextlib.contextmanager
+    def _holding(self, index: int) -> Iterator[None]:
+        """Be the only one who writes the block, on the device, too."""
+        with self._locks[index]:
             if self._turns is not None:
-                self._turns[block.index].wait()
+                self._turns[index].wait()
             yield
             if self._turns is not None:
-                self._turns[block.index].note()
+                self._turns[index].note()
 
     def exclude(self, peer: int) -> None:
         """Do without a peer whose lease has run out. Idempotent."""
@@ -94,8 +98,7 @@ class ArrivalEngine(GossipEngine):
         """End the thread. Idempotent."""
         self._ends.set()
         self._may_merge.set()  # lets it see that
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.join()
 
     @contextlib.contextmanager
     def _holding_all(self) -> Iterator[None]:
@@ -117,14 +120,10 @@ class ArrivalEngine(GossipEngine):
 
     def _look(self) -> None:
         for index in self._ledger.waiting():
-            with self._locks[index]:
+            with self._holding(index):
                 if not self._may_merge.is_set() or self._ends.is_set():
                     return
-                if self._turns is not None:
-                    self._turns[index].wait()
                 self._take_offers(index)
-                if self._turns is not None:
-                    self._turns[index].note()
 
 
 class _Turns:

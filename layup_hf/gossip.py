@@ -82,6 +82,10 @@ class GossipEngine:
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
 
+    def units(self, own: int, receivers: int) -> int:
+        """Mass that each of so many peers is offered, in units: see `share`."""
+        return share(own, receivers)
+
     def weight(self, units: int, own: int, untaken: int) -> float:
         """How far a merge moves this worker's block towards the peer's, between 0 and 1: see `merge_weight`."""
         return merge_weight(units, own, untaken)
@@ -94,7 +98,7 @@ class GossipEngine:
         if self._steps[index] % self._offer_every:
             return
         peers = self._sampler.sample(ledger.eligible(index))
-        units = share(ledger.own(index), len(peers)) if peers else 0
+        units = self.units(ledger.own(index), len(peers)) if peers else 0
         if units:
             for peer in peers:
                 ledger.offer(index, peer, units)

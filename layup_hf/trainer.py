@@ -147,19 +147,22 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
                 self._windows = callback.late_windows(self._windows, rank)
         self._ledger = self._windows.ledger
         sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
-        parts, offer_every = (self._blocks, self._windows, sampler), getattr(self.args, "offer_every", 1)
-        if getattr(self.args, "merge_at", "boundary") == "arrival":
-            self._engine = ArrivalEngine(*parts, offer_every=offer_every, may_exchange=self._may_exchange)
-        else:
-            self._engine = GossipEngine(
-                *parts,
-                offer_every=offer_every,
-                is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
-            )
+        self._engine = self._make_engine(sampler)
         self._masses = (1.0,) * world_size
         self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
+        )
+
+    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
+        """What offers and merges, over the windows that have been opened."""
+        parts, offer_every = (self._blocks, self._windows, sampler), getattr(self.args, "offer_every", 1)
+        if getattr(self.args, "merge_at", "boundary") == "arrival":
+            return ArrivalEngine(*parts, offer_every=offer_every, may_exchange=self._may_exchange)
+        return GossipEngine(
+            *parts,
+            offer_every=offer_every,
+            is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
         )
 
     def _close_exchange(self) -> None:

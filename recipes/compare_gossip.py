@@ -65,15 +65,8 @@ class EqualEngine(WholeModelEngine):
     def weight(self, units: int, own: int, untaken: int) -> float:
         return 0.5
 
-    def offer(self, block: Block) -> None:
-        index = block.index
-        self._ledger.count_step(index)
-        peers = self._sampler.sample(self._ledger.eligible(index))
-        for peer in peers:
-            self._ledger.offer(index, peer, 1)
-        self.counts["offers"] += len(peers)
-        self.counts["skipped_offers"] += self._sampler.count - len(peers)
-        self._has_stepped = True
+    def units(self, own: int, receivers: int) -> int:
+        return 1
 
 
 class WholeModelTrainer(LayupTrainer):
@@ -91,9 +84,6 @@ class WholeModelTrainer(LayupTrainer):
             self.optimizer = BlockOptimizer(self._block_optimizer.inner, self._blocks)
         return model
 
-    def _sampler(self) -> PeerSampler:
-        return PeerSampler(self.args.process_index, self.args.world_size, self.args.peers_per_step, self.args.seed)
-
 
 class GoSgdTrainer(WholeModelTrainer):
     """GoSGD (Blot et al., arXiv 1611.09726): after a step a worker sends its model as it is, with half of its weight,
@@ -106,16 +96,12 @@ class GoSgdTrainer(WholeModelTrainer):
     """
 
     def _open_exchange(self) -> None:
-        blocks = self._blocks
-        self._blocks = copies = [copy_of(block) for block in blocks]
+        self._live, self._blocks = self._blocks, [copy_of(block) for block in self._blocks]
         super()._open_exchange()  # peers see the copies
-        self._blocks = blocks
-        self._engine = SnapshotEngine(
-            blocks,
-            self._windows,
-            self._sampler(),
-            copies=copies,
-        )
+
+    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
+        copies, self._blocks = self._blocks, self._live
+        return SnapshotEngine(self._blocks, self._windows, sampler, copies=copies)
 
 
 class AdPsgdTrainer(WholeModelTrainer):
@@ -126,9 +112,8 @@ class AdPsgdTrainer(WholeModelTrainer):
     has chosen it; and the gradient is taken after averaging, not at the weights before.
     """
 
-    def _open_exchange(self) -> None:
-        super()._open_exchange()
-        self._engine = EqualEngine(self._blocks, self._windows, self._sampler())
+    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
+        return EqualEngine(self._blocks, self._windows, sampler)
 
 
 def one_block(blocks: Sequence[Block], model: nn.Module) -> Block:
