@@ -44,7 +44,7 @@ class TimedLog(TrainerCallback):
         self.points.append({"seconds": elapsed, "step": state.global_step, **(logs or {})})
 
 
-def write_results(file: Path, results: dict[str, Any]) -> None:
+def write_results(file: Path, results: Any) -> None:
     """Write `results` as JSON; the file appears whole or not at all."""
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from bench import NAMES, by_round, median_ratio
+from curve import write_results
 from hosts_run import GPT2_BYTES_PER_SECOND, HostsRun
 from lab import Lab, bits_per_second
 
@@ -47,9 +48,7 @@ def worker_arguments(options: argparse.Namespace, methods: list[str]) -> list[st
 def write(folder: Path, name: str, results: Any) -> None:
     """Write results; the file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.part"
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, folder / f"{name}.json")
+    write_results(folder / f"{name}.json", results)
 
 
 # ---- Links ----

@@ -6,8 +6,6 @@ comes, so that there is something to read of a worker that was killed.
 """
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from bench_worker import METHODS, PeakMemory, Stopwatch, load_blocks
+from curve import write_results
 from datasets import disable_progress_bars
 from hosts_meters import LinkMeter, Notes, Samples, StopAfter
 from hosts_run import GPT2_BYTES_PER_SECOND, read_lines
@@ -42,13 +41,6 @@ def ask_for_rate(state: PartialState, folder: Path, rate: str) -> None:
         while not (folder / "rate.txt").exists() or (folder / "rate.txt").read_text() != rate:
             time.sleep(0.05)
     state.wait_for_everyone()
-
-
-def write_whole(file: Path, value: Any) -> None:
-    """As JSON; who watches for the file never sees a part of it."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    os.replace(part, file)
 
 
 class Bench:
@@ -145,7 +137,7 @@ class Turns:
             print(f"measured {self.rate} {result['method']} {about}: {took}", flush=True)
 
     def write(self) -> None:
-        write_whole(self.options.folder / f"worker-{self.state.process_index}.json", self.results)
+        write_results(self.options.folder / f"worker-{self.state.process_index}.json", self.results)
 
 
 def links(bench: Bench) -> None:
@@ -224,7 +216,7 @@ def train(bench: Bench) -> None:
         "peak_bytes": memory.bytes,
         "digest": sum(float(p.detach().double().sum()) for p in trainer.model.parameters()),
     }
-    write_whole(options.folder / f"worker-{options.host}.json", result)
+    write_results(options.folder / f"worker-{options.host}.json", result)
 
 
 def main() -> None:

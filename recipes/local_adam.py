@@ -32,6 +32,7 @@ from typing import Any
 import datasets
 import torch
 from corpus import load_corpus
+from curve import write_results
 from model import make_config, make_model
 from tokens import cache_folder, cached_tokenizer, collate, make_blocks
 from torch import Tensor
@@ -168,7 +169,7 @@ def main() -> None:
         runs = pool.map(run, *zip(*missing, strict=True)) if missing else []
         for result in tqdm(runs, total=len(missing), unit="run"):
             results.append(result)
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            write_results(file, results)
     show(results)
 
 
