@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import queue
 import random
 import re
@@ -66,9 +65,7 @@ def _kill(run: HostsRun, victims: list[int]) -> None:
 def _lose_machine(run: HostsRun, victims: list[int]) -> None:
     host = run.lab.hosts[victims[0]]
     host.cut()
-    for pid in run.pids(host):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    run.end_processes(host)
 
 
 def _freeze(run: HostsRun, victims: list[int]) -> None:
@@ -123,26 +120,19 @@ CASES = {
 class Place:
     """A lab that is used for one run after the other, with what starts workers there."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.lab = Lab(options.hosts, options.rates[0])
-        self.rate, self.runs = options.rates[0], 0
-        self.lab.__enter__()
+    def __init__(self, lab: Lab, options: argparse.Namespace) -> None:
+        self.lab, self.rate, self.runs = lab, options.rates[0], 0
         self.forkers = [Forker(host) for host in self.lab.hosts] if options.fork else None
 
     def start(self, folder: Path, arguments: list[str]) -> HostsRun:
-        """A run on links that are whole; at a port of its own."""
-        self.clear()
+        """A run at a port of its own."""
         self.runs += 1
         return HostsRun(self.lab, folder, "train", arguments, self.forkers, 29500 + self.runs)
 
-    def clear(self) -> None:
-        """End all workers, and what is wrong with the links."""
+    def clear(self, run: HostsRun) -> None:
+        """End all workers of a run, and what is wrong with the links."""
         for host in self.lab.hosts:
-            for pid in host.pids() if self.forkers is None else []:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        for forker in self.forkers or []:
-            forker.end_workers()
+            run.end_processes(host)
         for host in self.lab.hosts:
             host.mend()
             host.set_loss(0)
@@ -161,9 +151,6 @@ def faults(options: argparse.Namespace) -> None:
     wanted.sort(key=lambda item: (item[0] != "none", item[1]))  # so that a stopped series has all cases equally often
     missing = [item for item in wanted if not any((r["case"], r["seed"]) == item for r in results)]
     places: queue.SimpleQueue[Place] = queue.SimpleQueue()
-    everywhere = [Place(options) for _ in range(options.at_once)]
-    for place in everywhere:
-        places.put(place)
 
     def run(item: tuple[str, int]) -> dict[str, Any]:
         place = places.get()
@@ -173,18 +160,17 @@ def faults(options: argparse.Namespace) -> None:
         finally:
             places.put(place)
 
-    try:
-        with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
-            runs = [pool.submit(run, item) for item in missing]
-            for done in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="runs", unit="run"):
-                result = done.result()
-                results.append(result)
-                write(options.folder, name, results)
-                if not result["ok"]:
-                    tqdm.write(f"{result['case']} {result['seed']}: {result['problems']}; logs in {result['logs']}")
-    finally:
-        for place in everywhere:
-            place.lab.close()
+    with contextlib.ExitStack() as labs:
+        for _ in range(options.at_once):
+            places.put(Place(labs.enter_context(Lab(options.hosts, options.rates[0])), options))
+        pool = labs.enter_context(concurrent.futures.ThreadPoolExecutor(options.at_once))
+        runs = [pool.submit(run, item) for item in missing]
+        for done in tqdm(concurrent.futures.as_completed(runs), total=len(runs), desc="runs", unit="run"):
+            result = done.result()
+            results.append(result)
+            write(options.folder, name, results)
+            if not result["ok"]:
+                tqdm.write(f"{result['case']} {result['seed']}: {result['problems']}; logs in {result['logs']}")
     show_faults(results)
 
 
@@ -223,7 +209,7 @@ def one(options: argparse.Namespace, place: Place, case: str, seed: int, typical
     codes = [launcher.poll() for launcher in run.launchers]
     notes = [run.notes(host) for host in lab.hosts]
     ends = [run.result(host) for host in lab.hosts]
-    place.clear()
+    place.clear(run)
     masses = [entry["layup/mass"] for mine in notes for entry in mine if "layup/mass" in entry]
     problems += find_problems(folder, survivors, codes, ends, masses)
     pauses = [longest_pause(notes[n], fault_at) for n in survivors if n not in victims]

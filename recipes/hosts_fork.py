@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -86,11 +85,7 @@ class Forker:
 
     def end_workers(self) -> None:
         """End every process in the host but this one."""
-        while others := self.pids():
-            for pid in others:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+        self.host.end_processes(but=self.process.pid)
 
 
 # ---- In the host ----

@@ -87,6 +87,10 @@ class HostsRun:
         """Every process of this run in a host."""
         return host.pids() if self.forkers is None else self.forkers[host.index].pids()
 
+    def end_processes(self, host: Host) -> None:
+        """Kill every process of this run in a host."""
+        host.end_processes() if self.forkers is None else self.forkers[host.index].end_workers()
+
     def worker(self, host: Host) -> int | None:
         """Process id of the worker itself, if it lives."""
         for pid in self.pids(host):

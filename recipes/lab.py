@@ -15,13 +15,16 @@ lab and every process in its hosts: that is done by a process of its own, which 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,6 +137,14 @@ class Host:
     def pids(self) -> list[int]:
         """Every process in this host."""
         return [int(pid) for pid in run("ip", "netns", "pids", self.name).split()]
+
+    def end_processes(self, but: int | None = None) -> None:
+        """Kill every process in this host, but one, until there is none."""
+        while others := [pid for pid in self.pids() if pid != but]:
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def cut(self) -> None:
         """Pull the cable: nothing comes in or out, and nobody is told."""
