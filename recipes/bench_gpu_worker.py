@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from bench_gpu import WAITING
-from bench_worker import load_blocks
+from bench_worker import CountingTrainer, load_blocks
 from model import make_config, make_model
 from tokens import collate
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from layup_hf import LayupConfig, LayupTrainer
+from layup_hf import LayupConfig
 
 STEPS, FIRST, PROFILED = 40, 10, 10
 
@@ -69,28 +69,19 @@ def main() -> None:
     tokenizer, blocks = load_blocks(state, options.block_size, count)
     config = make_config(None, options.config_overrides, tokenizer, options.block_size)
     watch = Profile()
-    trainer = LayupTrainer(
+    trainer = CountingTrainer(
         model=make_model(None, config, seed=1),
         args=args,
         train_dataset=blocks,
         data_collator=collate,
         callbacks=[watch],
     )
-    merges: dict[str, float] = {}
-    close = trainer._close_exchange
-
-    def count_first() -> None:
-        if trainer._engine is not None:
-            merges.update(trainer._engine.counts)
-        close()
-
-    trainer._close_exchange = count_first
     trainer.train()
     result = {
         "rank": state.process_index,
         "digest": sum(float(parameter.detach().double().sum()) for parameter in trainer.model.parameters()),
         "mass": next(entry["layup/mass"] for entry in trainer.state.log_history[::-1] if "layup/mass" in entry),
-        "merges": merges.get("merges", 0),
+        "merges": trainer.counts["merges"],
         "profiled": PROFILED,
         "waits": watch.waits(),
     }

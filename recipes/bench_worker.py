@@ -36,6 +36,14 @@ class AloneTrainer(LayupTrainer):
         pass
 
 
+class CountingTrainer(LayupTrainer):
+    """Keeps what the engine has counted: `counts` and `staleness`, as of `GossipEngine`."""
+
+    def _conclude(self) -> None:
+        self.counts, self.staleness = self._engine.counts.copy(), self._engine.staleness.copy()
+        super()._conclude()
+
+
 class MeetingTrainer(LayupTrainer):
     """Notes how long the parts of a meeting take, apart from the wait for the others to come."""
 

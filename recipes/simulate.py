@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from curve import write_results
 from lab import bits_per_second
-from simulate_check import check, mean, quantile, show_check
+from simulate_check import check, mean, show_check
 from simulate_gossip import Simulation
 from simulate_settings import SPEEDS, TIES, TOPOLOGIES, Settings
+
+from layup_hf.report import percentile
 
 TARGET = 0.025
 """Loss to reach, of that at the start. With the default rate and noise one worker alone never gets there, as its noise
@@ -64,7 +67,7 @@ def gossip(settings: Settings) -> dict[str, Any]:
     return {
         "curve": curve,
         "distance": float(np.mean(distances[len(distances) // 2 :])),
-        "staleness": [mean(counts), quantile(counts, 0.5), quantile(counts, 0.95)] if counts else None,
+        "staleness": [mean(counts), percentile(counts, 50), percentile(counts, 95)] if counts else None,
         "rounds": mean(counts) / settings.workers if counts else None,
         "link": 8 * received / settings.rate / simulation.now,
         "reads": received / settings.model_bytes / settings.steps,
@@ -164,7 +167,7 @@ def advice(counts: list[int], folder: Path) -> list[dict[str, Any]]:
             continue  # it would make no difference, or has been done
         results.append(simulate(case))
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(file, results)
         print(f"{key}: {results[-1]['simulated_in']:.0f} s", flush=True)
     show(results)
     return results
@@ -203,7 +206,7 @@ def main() -> None:
         result = simulate(options)
         show([result])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "simulate-one.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_results(folder / "simulate-one.json", result)
     elif what == "advice":
         advice(counts or list(STEPS), folder)
     elif what == "check":

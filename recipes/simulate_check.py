@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 from bench import measure
+from curve import write_results
 from simulate_gossip import Simulation
 from simulate_settings import Settings
+
+from layup_hf.report import percentile
 
 CASES = {
     "default peers": ({}, 1.0),
@@ -22,12 +25,6 @@ CASES = {
 }
 """Settings, and how much slower the last worker is."""
 COMMON = {"steps": 60, "blocks": 4, "dimension": 1024, "learning_rate": 0.1, "noise": 1.0}
-
-
-def quantile(counts: Counter[int], share: float) -> int:
-    """The smallest number that so large a share of all is not above."""
-    values = sorted(counts.elements())
-    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
 def mean(counts: Counter[int]) -> float:
@@ -55,7 +52,7 @@ def check(counts: list[int], mean_seconds: float, folder: Path) -> list[dict[str
         for number, (name, case) in enumerate(zip(CASES, cases, strict=True)):
             rows.append(compare(name, case["settings"], [worker[number] for worker in by_worker]))
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    write_results(file, rows)
     show_check(rows)
     return rows
 
@@ -87,8 +84,8 @@ def compare(name: str, options: dict[str, Any], workers: list[dict[str, Any]]) -
         },
         "merges": {"measured": measured.total(), "predicted": predicted.total()},
         "staleness_mean": {"measured": mean(measured), "predicted": mean(predicted)},
-        "staleness_median": {"measured": quantile(measured, 0.5), "predicted": quantile(predicted, 0.5)},
-        "staleness_95": {"measured": quantile(measured, 0.95), "predicted": quantile(predicted, 0.95)},
+        "staleness_median": {"measured": percentile(measured, 50), "predicted": percentile(predicted, 50)},
+        "staleness_95": {"measured": percentile(measured, 95), "predicted": percentile(predicted, 95)},
         "consensus_distance": {
             "measured": workers[0]["consensus_distance"],
             "predicted": simulation.consensus_distance(),

@@ -8,19 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from bench_worker import CountingTrainer
 from simulate_settings import Settings
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from layup_hf import LayupConfig, LayupTrainer
+from layup_hf import LayupConfig
 
 
 class SlowBackward(torch.autograd.Function):
@@ -73,14 +73,6 @@ class Quadratic(nn.Module):
         for layer, part in zip(self.layers, noise, strict=True):
             loss = layer(loss, seconds, part)
         return {"loss": loss}
-
-
-class CountingTrainer(LayupTrainer):
-    """Keeps what the engine has counted."""
-
-    def _conclude(self) -> None:
-        self.staleness = Counter(self._engine.staleness)
-        super()._conclude()
 
 
 class Stopwatch(TrainerCallback):

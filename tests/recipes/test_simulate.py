@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from simulate import all_reduce, first_loss, gossip, seconds_to, simulate
-from simulate_check import mean, quantile
+from simulate_check import mean
 from simulate_gossip import Simulation
 from simulate_settings import Settings
 
 from layup_hf.mixing import UNIT, merge_weight, share
+from layup_hf.report import percentile
 
 SMALL = {"blocks": 2, "dimension": 4, "steps": 20}
 LINK = {"rate": 8e8, "model_bytes": 1e8, "step_seconds": 1.0}  # the model takes a second
@@ -182,7 +183,7 @@ def test_a_whole_case_says_who_reaches_the_loss():
 def test_when_a_loss_is_reached():
     assert seconds_to([(1.0, 3.0), (2.0, 1.0), (3.0, 2.0)], 1.5) == 2.0
     assert seconds_to([(1.0, 3.0)], 1.5) is None
-    assert quantile(Counter({1: 3, 5: 1}), 0.5) == 1
+    assert percentile(Counter({1: 3, 5: 1}), 50) == 1
 
 
 @pytest.mark.parametrize(
