@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 from corpus import load_corpus
 from curve import TimedLog, draw_curve, write_results
 from datasets import Dataset
 from model import make_config, make_model, write_sample
 from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
-from training import parse_options, train_and_report
+from training import in_turn, parse_options, samples_per_step, train_and_report
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -145,7 +144,7 @@ def prepare(
 
 def tokens_per_step(args: TrainingArguments, block_size: int) -> int:
     """Tokens which all workers together take in one step."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+    return samples_per_step(args) * block_size
 
 
 def report(
@@ -182,15 +181,10 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these command-line arguments, those of the process by default."""
     model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    first = args.process_index == 0
-    if not first:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
-    # The first worker fills the caches, the others find them filled.
-    with args.main_process_first(desc="preparing the text"):
-        model, tokenizer, train, held_out = prepare(model_args, data_args, args.seed)
+    parts = in_turn(args, "the text", lambda: prepare(model_args, data_args, args.seed))
+    model, tokenizer, train, held_out = parts
     step = tokens_per_step(args, data_args.block_size)
-    if first:
+    if args.process_index == 0:
         print(
             f"{args.world_size} worker(s) on {args.device.type}, {model_args.trainer}: "
             f"{model.num_parameters() / 1e6:.1f} M parameters, {len(train):,} + {len(held_out):,} held-out blocks "

@@ -1,13 +1,16 @@
 """What recipes share: reading the options, and a training by LayUp or by the stock Trainer from start to end."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import datasets
 import torch
 from curve import TimedLog
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
+
+T = TypeVar("T")
 
 
 def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str]) -> Any:
@@ -28,6 +31,20 @@ def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, a
         # Steps outrank epochs in the Trainer: only count them if epochs were not asked for.
         parser.set_defaults(max_steps=steps, num_train_epochs=1.0)
     return parser.parse_args_into_dataclasses(arguments)
+
+
+def in_turn(args: LayupConfig, what: str, prepare: Callable[[], T]) -> T:
+    """Call `prepare` on the first worker, which fills the caches, and then on the others, which say nothing."""
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+    with args.main_process_first(desc=f"preparing {what}"):
+        return prepare()
+
+
+def samples_per_step(args: TrainingArguments) -> int:
+    """Samples which all workers together take in one step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def train_and_report(

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from curve import TimedLog, draw_curve, write_results
@@ -28,7 +27,7 @@ from datasets import Dataset
 from images import ImageArguments, Pixels, find_classes, load_images
 from model import apply_overrides
 from torch import Tensor
-from training import parse_options, train_and_report
+from training import in_turn, parse_options, samples_per_step, train_and_report
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -38,7 +37,6 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
     set_seed,
@@ -187,11 +185,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
 
 
-def images_per_step(args: TrainingArguments) -> int:
-    """Images which all workers together take in one step."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 def report(trainer: Trainer, timed: TimedLog, final: dict[str, float], which: str) -> None:
     """Print what came out, and write the results and the curve into the output folder."""
     args, steps = trainer.args, trainer.state.global_step
@@ -201,8 +194,8 @@ def report(trainer: Trainer, timed: TimedLog, final: dict[str, float], which: st
         "device": args.device.type,
         "parameters": trainer.model.num_parameters(),
         "steps": steps,
-        "images_per_step": images_per_step(args),
-        "images_seen": steps * images_per_step(args),
+        "images_per_step": samples_per_step(args),
+        "images_seen": steps * samples_per_step(args),
         "seconds": round(timed.seconds, 3),
         "eval_loss": final["eval_loss"],
         "accuracy": final["eval_accuracy"],
@@ -222,18 +215,13 @@ def report(trainer: Trainer, timed: TimedLog, final: dict[str, float], which: st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these command-line arguments, those of the process by default."""
     model_args, image_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    first = args.process_index == 0
-    if not first:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
-    # The first worker fills the caches, the others find them filled.
-    with args.main_process_first(desc="preparing the images"):
-        model, processor, train, held_out = prepare(model_args, image_args, args.seed)
-    if first:
+    parts = in_turn(args, "the images", lambda: prepare(model_args, image_args, args.seed))
+    model, processor, train, held_out = parts
+    if args.process_index == 0:
         print(
             f"{args.world_size} worker(s) on {args.device.type}, {model_args.trainer}: "
             f"{model.num_parameters() / 1e6:.2f} M parameters, {len(train):,} + {len(held_out):,} held-out images, "
-            f"{images_per_step(args):,} images per step.",
+            f"{samples_per_step(args):,} images per step.",
             flush=True,
         )
     train_and_report(
