@@ -124,7 +124,7 @@ class GossipEngine:
         if self._ledger.is_present(peer):
             self._ledger.exclude(peer)
             self._windows.exclude(peer)
-            self._sampler.exclude_one()
+            self._sampler.exclude(peer)
 
     def require_same_memory(self) -> None:
         """Make sure that the model still lives where the peers read it.

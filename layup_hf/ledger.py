@@ -110,6 +110,11 @@ class Ledger:
         """Number of 8-byte words that a ledger takes."""
         return num_blocks * world_size * (2 * world_size + 3) + 3 * world_size
 
+    @property
+    def remote(self) -> list[int]:
+        """Workers that do not share the memory."""
+        return np.flatnonzero(self._remote).tolist()
+
     def own(self, block: int) -> int:
         """Mass that this worker holds and has offered to nobody."""
         return int(self._own[block, self.rank])

@@ -146,7 +146,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
             if isinstance(callback, StragglerCallback):
                 self._windows = callback.late_windows(self._windows, rank)
         self._ledger = self._windows.ledger
-        sampler = PeerSampler(rank, world_size, getattr(self.args, "peers_per_step", None), self.args.seed)
+        peers_per_step = getattr(self.args, "peers_per_step", None)
+        sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
         self._engine = self._make_engine(sampler)
         self._masses = (1.0,) * world_size
         self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)

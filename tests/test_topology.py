@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.topology import AUTO_PEERS, PeerSampler
+from layup_hf.topology import AUTO_PEERS, MOST_WAITING, PeerSampler
 
 
 def draws(number=50, *, rank=0, world_size=6, count=2, seed=0):
@@ -81,7 +81,41 @@ def test_peers_are_drawn_uniformly(count):
 def test_with_fewer_peers_there_are_no_more_offers_than_peers(count, expected):
     sampler = PeerSampler(0, 6, count)
     found = []
-    for _ in range(2):
-        sampler.exclude_one()
+    for peer in (2, 5):
+        sampler.exclude(peer)
         found.append(sampler.count)
     assert found == expected
+
+
+@given(world_size=st.integers(2, 20), count=st.none() | st.integers(1, 20), seed=st.integers(0, 2**32), data=st.data())
+@settings(deadline=None)
+def test_no_more_offers_wait_for_peers_on_other_hosts_than_may(world_size, count, seed, data):
+    """Whoever has taken what it was offered; with peers on this host, nothing changes."""
+    peers = range(1, world_size)
+    remote = data.draw(st.sets(st.sampled_from(peers)))
+    sampler, waiting = PeerSampler(0, world_size, count, seed, remote), set()
+    for _ in range(5):
+        eligible = [peer for peer in peers if peer not in waiting]
+        chosen = set(sampler.sample(eligible))
+        assert chosen <= set(eligible)
+        local = [peer for peer in eligible if peer not in remote]
+        room = MOST_WAITING - len(waiting & remote)
+        assert len(chosen) == min(sampler.count, len(local) + min(room, len(remote - waiting)))
+        waiting |= chosen
+        assert len(waiting & remote) <= MOST_WAITING
+        waiting -= data.draw(st.sets(st.sampled_from(sorted(waiting)))) if waiting else set()
+
+
+def test_peers_on_other_hosts_are_all_offered_to_in_turn():
+    sampler = PeerSampler(0, 8, None, 0, remote=range(4, 8))
+    times = Counter(peer for _ in range(4000) for peer in sampler.sample(range(1, 8)))
+    assert {peer: times[peer] for peer in (1, 2, 3)} == dict.fromkeys((1, 2, 3), 4000)
+    assert all(abs(times[peer] - 1000) < 150 for peer in range(4, 8))
+
+
+def test_an_excluded_peer_takes_no_room():
+    """What it had not taken is taken back, so it does not wait any more."""
+    sampler = PeerSampler(0, 3, None, 0, remote=[1, 2])
+    assert sampler.sample([2]) == []  # peer 1 has not taken its offer
+    sampler.exclude(1)
+    assert sampler.sample([2]) == [2]
