@@ -34,7 +34,8 @@ class LayupOptions:
     peers_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "Offers per block and step. Unset: one to every peer, up to 7, as reads on one host are cheap."
+            "help": "Offers per block and step. Unset: one to every neighbour, up to 7. Neighbours are all peers on the "
+            "same host, and over a network those 1, 2, 4, 8, ... ranks on."
         },
     )
     windows: str = field(

@@ -6,27 +6,41 @@ import random
 from collections.abc import Iterable, Sequence
 
 AUTO_PEERS = 7
-"""With `peers_per_step` unset, a worker offers to all its peers up to this many."""
+"""With `peers_per_step` unset, a worker offers to all its neighbours up to this many."""
 
-MOST_WAITING = 1
-"""Offers of one block that may wait for peers on other hosts at a time.
 
-A link carries what it can, however many offers wait for it. Mass that waits mixes nothing, and each of many that share
-it is little when it comes. See "Which settings" in the README for what that makes of the consensus distance.
-"""
+def neighbours(rank: int, world_size: int, remote: Iterable[int] = ()) -> set[int]:
+    """Whom a worker offers to: all peers on its host, and of those on other hosts the ones 1, 2, 4, 8, ... ranks on.
+
+    Reads on one host are cheap. A link carries what it can, however many offers wait for it; mass that waits mixes
+    nothing, and each of many that share it is little when it comes. So over a network few are offered to, by a graph in
+    which information comes from anyone to anyone in at most log2(world_size) exchanges (the exponential graph of
+    Assran et al., arXiv 1811.10792). "Which settings" in the README has what that makes of the consensus distance.
+
+    Args:
+        rank: This worker.
+        world_size: Number of workers.
+        remote: Peers on other hosts.
+    """
+    distances = {2**k for k in range((world_size - 1).bit_length())}
+    distant = {peer for peer in remote if (peer - rank) % world_size not in distances}
+    return set(range(world_size)) - distant - {rank}
 
 
 class PeerSampler:
-    """Draws the peers that a block is offered to, uniformly and without repetition.
+    """Draws the neighbours that a block is offered to, uniformly and without repetition.
 
     The generator is private and seeded by rank: the Trainer seeds the global ones alike on all ranks.
 
     Args:
         rank: This worker.
         world_size: Number of workers.
-        peers_per_step: Offers per block and step; None for all peers up to `AUTO_PEERS`.
+        peers_per_step: Offers per block and step; None for all neighbours up to `AUTO_PEERS`.
         seed: Seed of the run.
-        remote: Peers on other hosts.
+        remote: Peers on other hosts: see `neighbours`.
+
+    Attributes:
+        count: Offers per block and step, as far as there are neighbours.
     """
 
     def __init__(
@@ -37,31 +51,18 @@ class PeerSampler:
         seed: int = 0,
         remote: Iterable[int] = (),
     ) -> None:
-        self.count = min(peers_per_step or AUTO_PEERS, world_size - 1)
-        self._present = world_size - 1
-        self._remote = set(remote)
+        self._neighbours = neighbours(rank, world_size, remote)
+        self.count = min(peers_per_step or AUTO_PEERS, len(self._neighbours))
         self._random = random.Random(f"{seed}/{rank}")
 
     def exclude(self, peer: int) -> None:
-        """The peer, not excluded before, is done without."""
-        self._present -= 1
-        self._remote.discard(peer)
-        self.count = min(self.count, self._present)
+        """The peer is done without."""
+        self._neighbours.discard(peer)
+        self.count = min(self.count, len(self._neighbours))
 
     def sample(self, eligible: Sequence[int]) -> Sequence[int]:
-        """Up to `count` of the `eligible` peers, among them no more on other hosts than there is room for.
-
-        Args:
-            eligible: Present peers for which no offer of this block waits.
-        """
-        if self._remote:
-            eligible = self._without_excess(eligible)
+        """Up to `count` of those of the `eligible` peers that are neighbours; fewer where there are not as many."""
+        eligible = [peer for peer in eligible if peer in self._neighbours]
         if len(eligible) <= self.count:
             return eligible
         return self._random.sample(eligible, self.count)
-
-    def _without_excess(self, eligible: Sequence[int]) -> Sequence[int]:
-        remote = [peer for peer in eligible if peer in self._remote]
-        waiting = len(self._remote) - len(remote)
-        room = min(max(MOST_WAITING - waiting, 0), len(remote))
-        return [peer for peer in eligible if peer not in self._remote] + self._random.sample(remote, room)

@@ -105,7 +105,7 @@ def simulate(options: dict[str, Any]) -> dict[str, Any]:
     loss = TARGET * first_loss(settings)
     layup = gossip(settings)
     alone = without_communication(
-        replace(settings, peers=0, topology="uniform", ties="rotated", rate=math.inf, delay=0.0, offer_every=1)
+        replace(settings, peers=0, topology="auto", ties="rotated", rate=math.inf, delay=0.0, offer_every=1)
     )
     synchronous = all_reduce(settings)
     curve = layup.pop("curve")
@@ -133,7 +133,7 @@ def show(results: list[dict[str, Any]]) -> None:
     for result in results:
         s, old, to = result["settings"], result["staleness"], result["to_loss"]
         rate = s.get("rate")
-        offers = f"{s.get('topology', 'uniform')}, {result['peers_per_step']} a step"
+        offers = f"{s.get('topology', 'auto')}, {result['peers_per_step']} a step"
         offers += f", every {s['offer_every']}" if s.get("offer_every", 1) > 1 else ""
         offers += ", lowest rank first" if s.get("ties") == "rank" else ""
         row = [str(s["workers"]), "shared memory" if rate is None else f"{rate / 1e9:g} Gbit/s", offers]
@@ -150,7 +150,8 @@ LINKS = [math.inf, 10e9, 1e9]
 OFFERS: list[dict[str, Any]] = [
     {},
     {"peers": 1},
-    {"topology": "exponential", "peers": 1},
+    {"topology": "uniform"},
+    {"topology": "uniform", "peers": 1},
     {"topology": "ring", "peers": 1},
 ]
 STEPS = {2: 200, 8: 200, 64: 200, 1024: 100}
@@ -163,8 +164,9 @@ def advice(counts: list[int], folder: Path) -> list[dict[str, Any]]:
     for workers, rate, offers in itertools.product(counts, LINKS, OFFERS):
         case = {"workers": workers, "steps": STEPS.get(workers, 100), "rate": rate, "slices": 16, **offers}
         key = case | ({"rate": None} if math.isinf(rate) else {})
-        if (workers == 2 and offers) or any(result["settings"] == key for result in results):
-            continue  # it would make no difference, or has been done
+        is_default = (workers == 2 and offers) or (offers.get("topology") == "uniform" and math.isinf(rate))
+        if is_default or any(result["settings"] == key for result in results):
+            continue
         results.append(simulate(case))
         folder.mkdir(parents=True, exist_ok=True)
         write_results(file, results)
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of every worker on average")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--dimension", type=int, default=32, help="of the quadratic")
-    parser.add_argument("--topology", choices=TOPOLOGIES, default="uniform")
+    parser.add_argument("--topology", choices=TOPOLOGIES, default="auto")
     parser.add_argument("--peers", type=int, default=None, help="offers per block and step; unset: as in LayupConfig")
     parser.add_argument("--offer_every", type=int, default=1)
     parser.add_argument("--speeds", choices=SPEEDS, default="equal")

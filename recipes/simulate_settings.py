@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layup_hf.topology import AUTO_PEERS
+from layup_hf.topology import AUTO_PEERS, neighbours
 
-TOPOLOGIES = ("uniform", "ring", "exponential")
+TOPOLOGIES = ("auto", "uniform", "ring", "exponential")
 TIES = ("rotated", "rank")
 SPEEDS = ("equal", "straggler", "exponential")
 
@@ -29,8 +29,9 @@ class Settings:
         steps: Own steps of each worker on average: the run ends when all have made `workers * steps` together.
         blocks: Blocks of the model.
         dimension: Coordinates of the model, a multiple of `blocks`.
-        topology: Whom a worker may offer to: "uniform" all others; "ring" the two beside it; "exponential" those 1, 2,
-            4, ... places on. Among these it chooses at random. (The library knows "uniform".)
+        topology: Whom a worker may offer to: "auto" as the library chooses, which is "uniform" in shared memory and
+            "exponential" over links; "uniform" all others; "ring" the two beside it; "exponential" those 1, 2, 4, ...
+            places on. Among these it chooses at random.
         peers: `peers_per_step` of `LayupConfig`; None for its default, 0 for no communication.
         offer_every: As in `LayupConfig`.
         speeds: "equal": every step takes `step_seconds`, up to 5 % more or less; "straggler": the last worker's take
@@ -61,7 +62,7 @@ class Settings:
     steps: int = 200
     blocks: int = 4
     dimension: int = 32
-    topology: str = "uniform"
+    topology: str = "auto"
     peers: int | None = None
     offer_every: int = 1
     speeds: str = "equal"
@@ -161,11 +162,15 @@ class Settings:
 
     def neighbours(self) -> np.ndarray:
         """Whom each worker may offer to, int64 of shape (workers, neighbours)."""
+        everyone = range(1, self.workers)
+        topology = self.topology
+        if topology == "auto":
+            topology = "exponential" if self.has_links else "uniform"
         others = {
-            "uniform": range(1, self.workers),
+            "uniform": everyone,
             "ring": sorted({1, self.workers - 1} - {0, self.workers}),
-            "exponential": [2**k for k in range((self.workers - 1).bit_length())],
-        }[self.topology]
+            "exponential": sorted(neighbours(0, self.workers, everyone)),
+        }[topology]
         return (np.arange(self.workers)[:, None] + np.array(others, dtype=np.int64)) % self.workers
 
     def curvature(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Peers are drawn uniformly, without repetition, and differently by each rank."""
+"""Few peers over a network, all on one host; drawn uniformly, without repetition, and differently by each rank."""
 
 import random
 from collections import Counter
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.topology import AUTO_PEERS, MOST_WAITING, PeerSampler
+from layup_hf.topology import AUTO_PEERS, PeerSampler, neighbours
 
 
 def draws(number=50, *, rank=0, world_size=6, count=2, seed=0):
@@ -87,35 +87,41 @@ def test_with_fewer_peers_there_are_no_more_offers_than_peers(count, expected):
     assert found == expected
 
 
-@given(world_size=st.integers(2, 20), count=st.none() | st.integers(1, 20), seed=st.integers(0, 2**32), data=st.data())
+@pytest.mark.parametrize(
+    ("rank", "world_size", "remote", "expected"),
+    [
+        (0, 8, range(1, 8), {1, 2, 4}),
+        (6, 8, [0, 1, 2, 3, 4, 5, 7], {7, 0, 2}),
+        (1, 2, [0], {0}),
+        (2, 3, [0, 1], {0, 1}),
+        (1, 8, [4, 5, 6, 7], {0, 2, 3, 5}),  # two hosts of four: all of this one, and the one that is 4 on
+        (0, 5, [], {1, 2, 3, 4}),
+    ],
+)
+def test_neighbours_are_all_on_this_host_and_few_on_others(rank, world_size, remote, expected):
+    assert neighbours(rank, world_size, remote) == expected
+
+
+@given(hosts=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_information_comes_from_anyone_to_anyone_in_few_exchanges(hosts):
+    """Whatever the number of workers on each host; as many exchanges as the number of workers has binary digits."""
+    homes = [number for number, count in enumerate(hosts) for _ in range(count)]
+    ranks = range(len(homes))
+    sends = [neighbours(r, len(homes), [p for p in ranks if homes[p] != homes[r]]) for r in ranks]
+    for rank in ranks:
+        reached = {rank}
+        for _ in range((len(homes) - 1).bit_length()):
+            reached |= set().union(*(sends[r] for r in reached))
+        assert reached == set(ranks)
+
+
+@given(world_size=st.integers(2, 20), count=st.none() | st.integers(1, 20), data=st.data())
 @settings(deadline=None)
-def test_no_more_offers_wait_for_peers_on_other_hosts_than_may(world_size, count, seed, data):
-    """Whoever has taken what it was offered; with peers on this host, nothing changes."""
-    peers = range(1, world_size)
-    remote = data.draw(st.sets(st.sampled_from(peers)))
-    sampler, waiting = PeerSampler(0, world_size, count, seed, remote), set()
-    for _ in range(5):
-        eligible = [peer for peer in peers if peer not in waiting]
-        chosen = set(sampler.sample(eligible))
-        assert chosen <= set(eligible)
-        local = [peer for peer in eligible if peer not in remote]
-        room = MOST_WAITING - len(waiting & remote)
-        assert len(chosen) == min(sampler.count, len(local) + min(room, len(remote - waiting)))
-        waiting |= chosen
-        assert len(waiting & remote) <= MOST_WAITING
-        waiting -= data.draw(st.sets(st.sampled_from(sorted(waiting)))) if waiting else set()
-
-
-def test_peers_on_other_hosts_are_all_offered_to_in_turn():
-    sampler = PeerSampler(0, 8, None, 0, remote=range(4, 8))
-    times = Counter(peer for _ in range(4000) for peer in sampler.sample(range(1, 8)))
-    assert {peer: times[peer] for peer in (1, 2, 3)} == dict.fromkeys((1, 2, 3), 4000)
-    assert all(abs(times[peer] - 1000) < 150 for peer in range(4, 8))
-
-
-def test_an_excluded_peer_takes_no_room():
-    """What it had not taken is taken back, so it does not wait any more."""
-    sampler = PeerSampler(0, 3, None, 0, remote=[1, 2])
-    assert sampler.sample([2]) == []  # peer 1 has not taken its offer
-    sampler.exclude(1)
-    assert sampler.sample([2]) == [2]
+def test_only_neighbours_are_drawn(world_size, count, data):
+    remote = data.draw(st.sets(st.sampled_from(range(1, world_size))))
+    eligible = sorted(data.draw(st.sets(st.sampled_from(range(1, world_size)))))
+    sampler, those = PeerSampler(0, world_size, count, 0, remote), neighbours(0, world_size, remote)
+    assert sampler.count == min(count or AUTO_PEERS, len(those))
+    drawn = sampler.sample(eligible)
+    assert set(drawn) <= those & set(eligible)
+    assert len(set(drawn)) == len(drawn) == min(sampler.count, len(those & set(eligible)))

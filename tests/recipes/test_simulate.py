@@ -29,7 +29,7 @@ def uneven(workers, seed=0):
     return np.random.default_rng(seed).uniform(0.5, 1.5, (workers, 40))
 
 
-@pytest.mark.parametrize("topology", ["uniform", "ring", "exponential"])
+@pytest.mark.parametrize("topology", ["auto", "uniform", "ring", "exponential"])
 @pytest.mark.parametrize("link", [{}, LINK, {"delay": 0.3}])
 @pytest.mark.parametrize("speeds", ["straggler", "exponential"])
 def test_mass_is_conserved_and_no_worker_is_lost(topology, link, speeds):
@@ -192,7 +192,7 @@ def test_when_a_loss_is_reached():
         ({"workers": 0}, "`workers` must be 1"),
         ({"steps": 0}, "`steps` must be at least 1"),
         ({"dimension": 30}, "`dimension` must be a multiple of `blocks`"),
-        ({"topology": "star"}, "`topology` must be one of uniform, ring"),
+        ({"topology": "star"}, "`topology` must be one of auto, uniform, ring"),
         ({"peers": -1}, "`peers` must be 0 or more"),
         ({"offer_every": 0}, "`offer_every` must be at least 1"),
         ({"speeds": "fast"}, "`speeds` must be one of"),
