@@ -206,6 +206,8 @@ class Eras:
         self._done_without.add(rank)
         if self._engine is not None:
             self._engine.exclude(rank)
+        if self._moments is not None:
+            self._moments.exclude(rank)
         logger.warning(f"LayUp: a worker {why}. The others go on; what it was offered and has not taken is taken back.")
 
     def _enduring(self, action: Callable[[], T]) -> T:

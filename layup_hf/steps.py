@@ -11,12 +11,13 @@ from transformers.utils import logging
 
 from .bias import GradientBias
 from .blocks import Block, split_into_blocks
+from .checks import cannot_skip
 from .clipping import BlockClipper
 from .compiling import CompiledLayers, compile_options, nothing_compiled
-from .config import cannot_skip
 from .gossip import GossipEngine
 from .hooks import BlockHooks
 from .membership import Membership
+from .moments import MeanMoments
 from .optimizer import BlockOptimizer
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,7 @@ class BlockSteps:
     _layers: CompiledLayers | None = None
     _membership: Membership | None = None
     _bias: GradientBias | None = None
+    _moments: MeanMoments | None = None
 
     def _may_exchange(self) -> bool:
         """Whether this worker's lease holds, if there are leases."""
@@ -110,7 +112,8 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with self._engine.holding(block) if self._engine is not None else contextlib.nullcontext():
-                optimizer.step_block(block)
+                with self._moments.stepping(block) if self._moments is not None else contextlib.nullcontext():
+                    optimizer.step_block(block)
                 if exchanges():  # not after a freeze, before it is known whether the others do without this worker
                     self._engine.offer(block)
 

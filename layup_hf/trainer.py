@@ -22,8 +22,8 @@ from . import report
 from .arrival import ArrivalEngine
 from .blocks import Block
 from .checkpoint import Checkpoints
+from .checks import cannot_step_by_mean, check_data, check_model, check_options, check_runtime
 from .clock import ProgressClock, WorkerFailure
-from .config import check_data, check_model, check_options, check_runtime
 from .consensus import reach_consensus
 from .eras import Eras
 from .gossip import GossipEngine
@@ -32,6 +32,7 @@ from .logs import Logs
 from .loop import ClockedLoop
 from .meetings import BatchTooLarge
 from .membership import STORE_LOST, StoreLost
+from .moments import MeanMoments
 from .preemption import PreemptionCallback
 from .steps import BlockSteps
 from .straggler import StragglerCallback
@@ -149,11 +150,25 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         peers_per_step = getattr(self.args, "peers_per_step", None)
         sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
         self._engine = self._make_engine(sampler)
+        self._share_moments()
         self._masses = (1.0,) * world_size
         self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)
         logger.info(
             f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
         )
+
+    def _share_moments(self) -> None:
+        """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective."""
+        rank, wanted = self.args.process_index, getattr(self.args, "second_moment", "auto")
+        near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
+        if wanted == "own":
+            return
+        optimizer = self._block_optimizer.inner
+        self._moments = MeanMoments.open(
+            self._blocks, optimizer, rank, near, lambda item: gather_object([item]), seed=self.args.seed
+        )
+        if self._moments is None and wanted == "mean":
+            raise ValueError(cannot_step_by_mean(type(optimizer).__name__))
 
     def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""
@@ -169,9 +184,10 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
     def _close_exchange(self) -> None:
         if self._engine is not None:
             self._engine.close()
-        if self._windows is not None:
-            self._windows.close()
-        self._windows = self._engine = None
+        for windows in (self._windows, self._moments):
+            if windows is not None:
+                windows.close()
+        self._windows = self._moments = self._engine = None
 
     def _stop_gossip(self) -> None:
         self._stop_loop()
@@ -281,6 +297,9 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         self._require_same_parameters()
         if self._engine is not None:
             self._engine.pause()
+            self._engine.require_same_memory()
+        if self._moments is not None:
+            self._moments.require_same_memory(self._block_optimizer.inner)
         ledger = self._ledger if self._engine is not None else None
         done = gather_object([self._steps_done])
         consensus = reach_consensus(self._blocks, ledger, self._is_new)

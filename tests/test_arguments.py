@@ -9,7 +9,8 @@ import pytest
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments
 
-from layup_hf.config import _REFUSED, LayupConfig, LayupOptions
+from layup_hf.checks import _REFUSED
+from layup_hf.config import LayupConfig, LayupOptions
 
 README = Path(__file__).parents[1] / "README.md"
 HEADING = "## Every argument"

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from layup_hf.config import LayupConfig, LayupOptions, check_data, check_options, check_runtime
+from layup_hf.checks import check_data, check_options, check_runtime
+from layup_hf.config import LayupConfig, LayupOptions
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,12 @@ REFUSED = {
     "`wire_dtype='bf16'` and `windows='shared'`": (
         {"wire_dtype": "bf16", "windows": "shared"},
         "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'",
+    ),
+    "merge_at='once'": ({"merge_at": "once"}, "use 'boundary' or 'arrival'"),
+    "second_moment='theirs'": ({"second_moment": "theirs"}, "use 'auto', 'mean' or 'own'"),
+    "`second_moment='mean'` and `windows='nixl'`": (
+        {"second_moment": "mean", "windows": "nixl"},
+        "Leave one of the two at 'auto'",
     ),
     "offer_every=0": ({"offer_every": 0}, "Use 1 or more"),
     "offer_every=-2": ({"offer_every": -2}, "Use 1 or more"),
@@ -171,6 +178,7 @@ def test_possible_options_are_accepted(arguments):
     config = arguments(
         peers_per_step=1,
         windows="shared",
+        second_moment="mean",
         wire_dtype="fp32",
         offer_every=4,
         lease_seconds=1.0,
@@ -209,6 +217,7 @@ def test_the_config_is_parsed_from_the_command_line(tmp_path):
             *("--peers_per_step", "3", "--windows", "shared", "--shared_batches", "False"),
             *("--straggler", "rank=0,compute=1", "--offer_every", "2", "--lease_seconds", "2.5"),
             *("--network_interface", "lo", "--wire_dtype", "fp32"),
+            *("--second_moment", "own", "--merge_at", "arrival"),
         ]
     )
     assert isinstance(config, TrainingArguments)
@@ -216,6 +225,7 @@ def test_the_config_is_parsed_from_the_command_line(tmp_path):
     assert (config.shared_batches, config.straggler) == (False, "rank=0,compute=1")
     assert (config.offer_every, config.lease_seconds) == (2, 2.5)
     assert (config.network_interface, config.wire_dtype) == ("lo", "fp32")
+    assert (config.second_moment, config.merge_at) == ("own", "arrival")
 
 
 def test_the_command_line_has_the_defaults(tmp_path):
@@ -223,6 +233,7 @@ def test_the_command_line_has_the_defaults(tmp_path):
     assert (config.peers_per_step, config.windows) == (None, "auto")
     assert (config.shared_batches, config.straggler) == (True, None)
     assert (config.wire_dtype, config.offer_every) == ("fp32", 1)
+    assert (config.second_moment, config.merge_at) == ("auto", "boundary")
     assert (config.lease_seconds, config.network_interface, config.join, config.job_to_join) == (None,) * 4
 
 

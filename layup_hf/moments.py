@@ -1,0 +1,225 @@
+"""AdamW's second moment as of the mean gradient of all workers, though each worker has an AdamW of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+from .windows.base import Gather
+from .windows.shared import SharedWindows
+
+MEASURE_EVERY = 8
+"""Own steps between two measurements of a block. With a beta1 of 0.9, first moments forget in about ten."""
+
+
+@dataclass
+class _Part:
+    """What AdamW keeps of one block, and what is known of the noise in it; a tensor for each parameter.
+
+    Attributes:
+        first, second: AdamW's moments, as it keeps them.
+        theirs: Number of the block in the windows.
+        age: Steps that the moments are means of.
+        noise: Running mean of its square, before correction for the beginning; one number for each row.
+        measured: How often.
+        kept: What is kept of the second moment during a step; one number for each row. Empty before the first
+            measurement.
+        given_back: What is given back after it: `beta2 * (1 - kept)`.
+    """
+
+    first: list[Tensor]
+    second: list[Tensor]
+    theirs: int
+    age: int
+    noise: list[Tensor]
+    measured: int = 0
+    kept: list[Tensor] = field(default_factory=list)
+    given_back: list[Tensor] = field(default_factory=list)
+
+
+class MeanMoments:
+    """Takes the noise out of AdamW's second moments that the mean gradient of the workers would not have.
+
+    AdamW divides by the root of the mean square of the gradient. Of a worker's own gradient that is `s^2 + n^2`, with s
+    what the batches of all workers share and n their noise; of the mean gradient of M workers, which DDP's AdamW sees,
+    it is `s^2 + n^2 / M`. So own AdamWs make steps that are too short, by up to `sqrt(M)`, where a gradient is mostly
+    noise. A higher learning rate does not make up for that: it is too high for all the rest.
+
+    Workers tell noise from the rest by comparing themselves. A first moment is a running mean of gradients, in which
+    `f = (1 - beta1) / (1 + beta1)` is left of the square of noise that is independent from step to step. So for any two
+    workers i and j, `(m_i - m_j)^2 / 2f` is n^2, in the mean. (How *one* worker's gradient changes from step to step
+    says nothing of n: along the steepest directions gradients go back and forth by themselves. Measured, that is worse
+    than no correction.)
+
+    In every eighth own step of a block, the first moments of one peer on this host, drawn at random, are read in place,
+    and a running mean with AdamW's own beta2 is kept of what they say. It is kept by row (the first axis of a
+    parameter; of a vector there is one), which takes next to no memory. While the optimizer steps, the second moment is
+    multiplied by `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, and given back afterwards what was taken, so that it stays what
+    AdamW makes of it. M counts the workers on this host. (If a GradScaler lets the optimizer skip the step, `1 - beta2`
+    of what was taken stays taken.)
+
+    It needs torch's Adam or AdamW, without `amsgrad`, with one pair of betas. Make it with `MeanMoments.open`.
+
+    Args:
+        parts: By the block's index.
+        windows: To the first moments of the peers.
+        peers: Workers on this host, without this one.
+        betas: Of the optimizer.
+        seed: Of the draws of peers.
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, _Part],
+        windows: SharedWindows,
+        peers: Sequence[int],
+        betas: tuple[float, float],
+        seed: str,
+    ) -> None:
+        self._parts, self._windows, self._peers, self._betas = parts, windows, list(peers), betas
+        self._random = random.Random(seed)
+
+    @classmethod
+    def open(
+        cls,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer,
+        rank: int,
+        peers: Sequence[int],
+        gather: Gather,
+        *,
+        seed: int = 0,
+    ) -> MeanMoments | None:
+        """Let the peers see this worker's first moments, and see theirs. Collective among the workers of all hosts.
+
+        A CPU's first moments move into shared memory. The optimizer gets its state now if it has none yet.
+
+        Args:
+            blocks: The model's blocks.
+            optimizer: Steps them; not a `BlockOptimizer`, but what is in it.
+            rank: This worker.
+            peers: The other workers on this host.
+            gather: Collects one object from every worker.
+            seed: Of the run.
+
+        Returns:
+            None where some worker's optimizer is of another kind.
+
+        Raises:
+            MemoryError: There is not enough memory to share.
+        """
+        if not all(gather(can_step_by_mean(optimizer))):
+            return None
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        parts, shown = {}, []
+        for block in (block for block in blocks if block.parameters):
+            states = [_state_of(optimizer, groups[id(parameter)], parameter) for parameter in block.parameters]
+            first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+            noise = [torch.zeros_like(_by_row(tensor)) for tensor in second]
+            parts[block.index] = _Part(first, second, len(shown), int(states[0]["step"]), noise)
+            shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
+        windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        return cls(parts, windows, peers, (beta1, beta2), f"{seed}/{rank}")
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def stepping(self, block: Block) -> Iterator[None]:
+        """While the optimizer steps the block, its second moments are those of the mean gradient."""
+        part = self._parts.get(block.index)
+        if part is None or not self._peers:
+            yield
+            return
+        if part.age and (part.age + block.index) % MEASURE_EVERY == 0:
+            self._measure(part)
+        part.age += 1
+        if not part.kept:
+            yield
+            return
+        taken = torch._foreach_mul(part.second, part.given_back)
+        torch._foreach_mul_(part.second, part.kept)
+        yield
+        torch._foreach_add_(part.second, taken)
+
+    def _measure(self, part: _Part) -> None:
+        """Compare with a peer, and say what is to be kept from here on. Nothing waits for the device."""
+        beta1, beta2 = self._betas
+        part.measured += 1
+        # Of the square of independent noise, this is left in a first moment of that age, and that much weight is new.
+        left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * part.age)) / (1 - beta1**2)
+        weight = 1 - beta2**MEASURE_EVERY
+        seen = 1 - (1 - weight) ** part.measured
+        theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
+        differences = torch._foreach_sub(part.first, theirs)
+        squares = [_by_row(difference.float().square()) for difference in differences]
+        torch._foreach_div_(squares, 2 * left)
+        torch._foreach_lerp_(part.noise, squares, weight)
+        share = len(self._peers) / (len(self._peers) + 1)
+        rows = [_by_row(second.float()) for second in part.second]
+        torch._foreach_div_(rows, 1 - beta2**part.age)
+        torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
+        ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
+        torch._foreach_clamp_max_(ratios, 1.0)
+        torch._foreach_mul_(ratios, share)
+        part.kept = [(1 - ratio).to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)]
+        part.given_back = [beta2 * (1 - kept) for kept in part.kept]
+
+    def require_same_memory(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that the optimizer still keeps its moments where they were.
+
+        Raises:
+            RuntimeError: They were replaced since the start.
+        """
+        known = {id(tensor) for part in self._parts.values() for tensor in part.first}
+        states = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+        if any(id(tensor) not in known for tensor in states):
+            raise RuntimeError(
+                "The optimizer's state was replaced during training, by `load_state_dict` say, and the peers do not "
+                "see the new one. Load it before training, or set `second_moment='own'`."
+            )
+
+    def exclude(self, peer: int) -> None:
+        """Do without a peer. Idempotent."""
+        if peer in self._peers:
+            self._peers.remove(peer)
+            self._windows.exclude(peer)
+
+    def close(self) -> None:
+        """Let go of the peers' memory. Idempotent."""
+        self._windows.close()
+
+
+def can_step_by_mean(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps its moments as `MeanMoments` has to find them."""
+    groups = optimizer.param_groups
+    return (
+        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        and not any(group["amsgrad"] for group in groups)
+        and all(isinstance(beta, float) for beta in groups[0]["betas"])
+        and all(group["betas"] == groups[0]["betas"] for group in groups)
+    )
+
+
+def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter; if it has none, made as it would make it in its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        counts_on_device = group["fused"] or group["capturable"]
+        device = parameter.device if counts_on_device else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _by_row(tensor: Tensor) -> Tensor:
+    """Mean over all axes but the first, which stay with length 1; of a vector, over all of it."""
+    axes = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
+    return tensor.float().mean(dim=axes, keepdim=True) if axes else tensor.float()

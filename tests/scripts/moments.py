@@ -1,0 +1,51 @@
+"""Trains with every way to keep second moments, one after the other, and writes what workers made of them.
+
+Cases are options of LayupConfig, with `optimizer=sgd` for a user's own optimizer.
+"""
+
+import os
+
+import torch
+from stock import arguments, gpt2, text
+from transformers import TrainerCallback
+from worker import run_cases, same_everywhere
+
+from layup_hf import LayupTrainer
+
+
+class Watch(TrainerCallback):
+    """Sees what is kept of second moments, and what a peer shows of its first ones."""
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        moments = self.trainer._moments
+        if moments is not None:
+            parts = moments._parts.values()
+            kept = [float(k.mean()) for part in parts for k in part.kept]
+            self.kept = sum(kept) / len(kept) if kept else None
+            self.first = [float(tensor.norm()) for part in parts for tensor in part.first]
+            read = [moments._windows.read(moments._peers[0], part.theirs) for part in parts]
+            self.theirs = [float(tensor.norm()) for tensors in read for tensor in tensors]
+
+
+def run_case(options):
+    named = dict(option.removeprefix("--").split("=") for option in options)
+    own = named.pop("optimizer", None)
+    config = arguments(os.environ["LAYUP_TEST_RESULTS"], max_steps=40, warmup_steps=10, **named)
+    model, watch = gpt2(), Watch()
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None) if own else (None, None)
+    watch.trainer = trainer = LayupTrainer(
+        model=model, args=config, train_dataset=text(320), callbacks=[watch], optimizers=optimizers
+    )
+    result = {"rank": config.process_index, "failure": None}
+    try:
+        trainer.train()
+    except ValueError as error:
+        return {**result, "failure": str(error)}
+    names = {name for state in trainer.optimizer.state.values() for name in state}
+    result["same"] = same_everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return {**result, "state": sorted(names), "closed": trainer._moments is None} | {
+        name: getattr(watch, name, None) for name in ("kept", "first", "theirs")
+    }
+
+
+run_cases(run_case)
