@@ -122,7 +122,7 @@ class MeanMoments:
         for block in (block for block in blocks if block.parameters):
             states = [_state_of(optimizer, groups[id(parameter)], parameter) for parameter in block.parameters]
             first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-            noise = [torch.zeros_like(_by_row(tensor)) for tensor in second]
+            noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
             parts[block.index] = _Part(first, second, len(shown), int(states[0]["step"]), noise)
             shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
         windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
@@ -158,11 +158,11 @@ class MeanMoments:
         seen = 1 - (1 - weight) ** part.measured
         theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
         differences = torch._foreach_sub(part.first, theirs)
-        squares = [_by_row(difference.float().square()) for difference in differences]
+        squares = [by_row(difference.float().square()) for difference in differences]
         torch._foreach_div_(squares, 2 * left)
         torch._foreach_lerp_(part.noise, squares, weight)
         share = len(self._peers) / (len(self._peers) + 1)
-        rows = [_by_row(second.float()) for second in part.second]
+        rows = [by_row(second.float()) for second in part.second]
         torch._foreach_div_(rows, 1 - beta2**part.age)
         torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
         ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
@@ -219,7 +219,7 @@ def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter
     return state
 
 
-def _by_row(tensor: Tensor) -> Tensor:
+def by_row(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first, which stay with length 1; of a vector, over all of it."""
     axes = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
     return tensor.float().mean(dim=axes, keepdim=True) if axes else tensor.float()

@@ -7,10 +7,9 @@ each worker has the gradient of its own batch, clipped by its own norm. What dif
 
 - `mean`: of one AdamW that sees the mean gradient, which is what DDP does;
 - `local`: the mean of the steps of the workers' own AdamWs, which is the best that local optimizers can come to;
-- `corrected`: as `local`, with second moments from which the noise is taken that a mean gradient would not have. A
-  worker's second moment is `s^2 + n^2`, with s what the batches share and n their noise; one of the mean gradient of M
-  workers is `s^2 + n^2 / M`. A running mean of the first moment's square tells s from n (noise of different steps is
-  independent), at the price of one more state.
+- `compared`: as `local`, with second moments from which the noise is taken that a mean gradient would not have, found
+  by comparing first moments with one other worker in every eighth step, as `layup_hf.moments` does;
+- `in time`: the same, found by each worker alone, from how its gradient changes from step to step.
 
 Prints held-out losses at equal samples and writes `local-adam.json` into `--folder`; goes on where it was stopped.
 """
@@ -38,6 +37,8 @@ from tokens import cache_folder, cached_tokenizer, collate, make_blocks
 from torch import Tensor
 from tqdm import tqdm
 
+from layup_hf.moments import MEASURE_EVERY, by_row
+
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 CLIP = 1.0
 HELD_OUT = 256
@@ -47,11 +48,12 @@ Tensors = list[Tensor]
 
 
 class Moments:
-    """The moments of one AdamW."""
+    """The moments of one AdamW, and what is known of the noise in them."""
 
     def __init__(self, parameters: Tensors) -> None:
         self.first, self.second, self.signal = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
-        self.steps = 0
+        self.noise = [torch.zeros_like(by_row(p)) for p in parameters]
+        self.steps = self.measured = 0
 
     def update(self, gradients: Tensors) -> None:
         self.steps += 1
@@ -66,14 +68,26 @@ class Moments:
         """What a running mean that began at zero has come to."""
         return 1 - beta**self.steps
 
-    def step(self, workers: int) -> Tensors:
-        """The step in learning rates, if the second moment were that of the mean gradient of so many workers."""
+    def compare(self, other: Moments) -> None:
+        """See what of the first moments is noise: see `layup_hf.moments`."""
+        self.measured += 1
+        left = (1 - BETA1) ** 2 * (1 - BETA1 ** (2 * self.steps)) / (1 - BETA1**2)
+        squares = [
+            by_row((mine - its).square()) / (2 * left) for mine, its in zip(self.first, other.first, strict=True)
+        ]
+        torch._foreach_lerp_(self.noise, squares, 1 - BETA2**MEASURE_EVERY)
+
+    def step(self, rule: str, workers: int) -> Tensors:
+        """The step in learning rates; unless by AdamW's own, as if its second moment were that of the mean gradient."""
         steps = []
-        for first, second, signal in zip(self.first, self.second, self.signal, strict=True):
+        for number, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             square = second / self._whole(BETA2)
-            if workers > 1:
-                noise = ((square - signal / self._whole(BETA2)) / (1 - NOISE_KEPT)).clamp(min=0)
+            if rule == "in time":
+                noise = ((square - self.signal[number] / self._whole(BETA2)) / (1 - NOISE_KEPT)).clamp(min=0)
                 square = (square - noise + noise / workers).clamp(min=0)
+            elif rule == "compared" and self.measured:
+                noise = self.noise[number] / (1 - BETA2 ** (MEASURE_EVERY * self.measured))
+                square = square * (1 - (1 - 1 / workers) * (noise / by_row(square).clamp(min=1e-38)).clamp(max=1))
             steps.append(first / self._whole(BETA1) / (square.sqrt() + EPSILON))
         return steps
 
@@ -99,7 +113,7 @@ def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -
     shape = {"rows_are_documents": corpus.rows_are_documents, "block_size": options.block_size}
     rows = blocks(corpus.train, most=count, name="training", **shape)
     held_out = blocks(corpus.held_out, most=HELD_OUT, name="held-out", **shape)
-    model = make_model(None, make_config(None, "", tokenizer, options.block_size), seed)
+    model = make_model(None, make_config(None, options.config_overrides, tokenizer, options.block_size), seed)
     parameters = list(model.parameters())
     order = iter(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist() * 2)
 
@@ -116,7 +130,11 @@ def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -
         with torch.no_grad():
             for optimizer, own in zip(optimizers, [mean_of(found)] if rule == "mean" else found, strict=True):
                 optimizer.update(own)
-            steps = mean_of([o.step(options.workers if rule == "corrected" else 1) for o in optimizers])
+            if rule == "compared" and (step + 1) % MEASURE_EVERY == 0:
+                for rank, optimizer in enumerate(optimizers):
+                    others = [other for other in optimizers if other is not optimizer]
+                    optimizer.compare(others[(step // MEASURE_EVERY + rank) % len(others)])
+            steps = mean_of([optimizer.step(rule, options.workers) for optimizer in optimizers])
             torch._foreach_add_(parameters, steps, alpha=-rate_at(step, options, peak_rate))
     model.eval()
     batches = [
@@ -154,6 +172,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=64)
     parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
     parser.add_argument("--warmup", type=float, default=0.4, help="share of the steps")
     parser.add_argument("--at_once", type=int, default=2, help="runs, each on one core")
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
@@ -173,7 +192,7 @@ def main() -> None:
     show(results)
 
 
-RULES = ("mean", "local", "corrected")
+RULES = ("mean", "local", "compared", "in time")
 
 if __name__ == "__main__":
     main()
