@@ -33,11 +33,11 @@ def run_case(options):
     config = arguments(os.environ["LAYUP_TEST_RESULTS"], max_steps=40, warmup_steps=10, **named)
     model, watch = gpt2(), Watch()
     optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None) if own else (None, None)
-    watch.trainer = trainer = LayupTrainer(
-        model=model, args=config, train_dataset=text(320), callbacks=[watch], optimizers=optimizers
-    )
     result = {"rank": config.process_index, "failure": None}
     try:
+        watch.trainer = trainer = LayupTrainer(
+            model=model, args=config, train_dataset=text(320), callbacks=[watch], optimizers=optimizers
+        )
         trainer.train()
     except ValueError as error:
         return {**result, "failure": str(error)}
