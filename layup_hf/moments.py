@@ -171,6 +171,11 @@ class MeanMoments:
         part.kept = [(1 - ratio).to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)]
         part.given_back = [beta2 * (1 - kept) for kept in part.kept]
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to compare with."""
+        return bool(self._peers)
+
     def require_same_memory(self, optimizer: torch.optim.Optimizer) -> None:
         """Make sure that the optimizer still keeps its moments where they were.
 

@@ -52,6 +52,7 @@ class RunFacts:
         windows: How workers read each other's blocks.
         done: Steps of each worker until the latest consensus point.
         consensus_distance: Right before that point; None if there has been none.
+        steps_by_mean: Whether the optimizer's second moment was that of the mean gradient.
     """
 
     workers: int
@@ -60,6 +61,7 @@ class RunFacts:
     windows: str = ""
     done: tuple[int, ...] = ()
     consensus_distance: float | None = None
+    steps_by_mean: bool = False
 
 
 def add_to_card(card: str, facts: RunFacts) -> str:
@@ -80,6 +82,8 @@ def _card_section(facts: RunFacts) -> str:
         f"\n- mixing: offers to {facts.peers_per_step} of {facts.workers - 1} peers per block and step, "
         f"`{facts.windows}` windows\n"
     )
+    if facts.steps_by_mean:
+        section += "- the optimizer's second moment: that of the mean gradient of the workers on a host\n"
     if facts.consensus_distance is not None:
         steps = "/".join(str(count) for count in facts.done)
         section += (

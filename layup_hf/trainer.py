@@ -151,19 +151,23 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
         self._engine = self._make_engine(sampler)
         self._share_moments()
+        by_mean = self._moments is not None and self._moments.has_peers
         self._masses = (1.0,) * world_size
-        self._facts = replace(self._facts, peers_per_step=sampler.count, windows=self._windows.kind)
+        self._facts = replace(
+            self._facts, peers_per_step=sampler.count, windows=self._windows.kind, steps_by_mean=by_mean
+        )
         logger.info(
-            f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step."
+            f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step; the "
+            f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
         )
 
     def _share_moments(self) -> None:
         """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective."""
-        rank, wanted = self.args.process_index, getattr(self.args, "second_moment", "auto")
-        near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
+        wanted = getattr(self.args, "second_moment", "auto")
         if wanted == "own":
             return
-        optimizer = self._block_optimizer.inner
+        rank, optimizer = self.args.process_index, self._block_optimizer.inner
+        near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
         self._moments = MeanMoments.open(
             self._blocks, optimizer, rank, near, lambda item: gather_object([item]), seed=self.args.seed
         )
