@@ -231,12 +231,12 @@ def co2(setup: Setup) -> Method:
 
 def gosgd(setup: Setup) -> Method:
     """See `GoSgdTrainer`."""
-    return Method(GoSgdTrainer, {"clip": "exact", "peers_per_step": 1})
+    return Method(GoSgdTrainer, {"clip": "exact", "peers_per_step": 1, "second_moment": "own"})
 
 
 def adpsgd(setup: Setup) -> Method:
     """See `AdPsgdTrainer`."""
-    return Method(AdPsgdTrainer, {"clip": "exact", "peers_per_step": 1})
+    return Method(AdPsgdTrainer, {"clip": "exact", "peers_per_step": 1, "second_moment": "own"})
 
 
 def layup(setup: Setup) -> Method:
@@ -247,6 +247,11 @@ def layup(setup: Setup) -> Method:
 def layup_arrival(setup: Setup) -> Method:
     """LayUp that merges whenever something arrives, as its paper does (arXiv 2410.05985)."""
     return Method(LayupTrainer, {"merge_at": "arrival"})
+
+
+def layup_own(setup: Setup) -> Method:
+    """LayUp whose workers' optimizers know nothing of each other's gradients."""
+    return Method(LayupTrainer, {"second_moment": "own"})
 
 
 METHODS: dict[str, Callable[[Setup], Method]] = {
@@ -261,6 +266,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "adpsgd": adpsgd,
     "layup": layup,
     "layup-arrival": layup_arrival,
+    "layup-own": layup_own,
 }
 
 

@@ -20,6 +20,7 @@ NAMES = {
     "adpsgd": "AD-PSGD",
     "layup": "LayUp",
     "layup-arrival": "LayUp, merging on arrival",
+    "layup-own": "LayUp, own second moments",
 }
 NONE = "-"
 HEADS = (

@@ -278,7 +278,7 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
         assert run["replicas_agree"], name
         assert sum(run["own_steps"]) == 32, name
         assert run["waiting"] is None or 0 <= run["waiting"] <= 1, name
-    for name in trained.keys() & {"gosgd", "adpsgd", "layup", "layup-arrival"}:
+    for name in trained.keys() & {"gosgd", "adpsgd", "layup", "layup-arrival", "layup-own"}:
         assert runs[name]["mass"] == [2.0, 2.0], name
         assert runs[name]["bytes_per_step"] > 0, name
         assert runs[name]["consensus_distance"][0] > 0, name
