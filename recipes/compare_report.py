@@ -187,7 +187,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
                 points = [(p[key], p["loss"]) for p in run.get("points", []) if p["loss"] is not None]
                 if points:
                     style = "--" if method == "single" else "-"
-                    colour = "black" if method == "single" else colormaps["tab10"](number % 10)
+                    colour = "black" if method == "single" else colormaps["tab20"](number)
                     line = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)[0]
                     line.set_label(f"{name}, {run['learning_rate']:g}" if turn == 0 else "_")
         unit = "samples of all workers" if key == "samples" else "seconds of training"

@@ -270,15 +270,14 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
     results = json.loads((tmp_path / "out" / "compare.json").read_text())
     runs = {run["method"]: run for run in results["runs"] if not run["memory"]}
     assert runs.keys() == METHODS.keys()
-    assert {name: run["failure"] for name, run in runs.items() if run["failure"]}.keys() <= {"layup-arrival"}
-    trained = {name: run for name, run in runs.items() if run["failure"] is None}
-    for name, run in trained.items():
+    assert {name: run["failure"] for name, run in runs.items() if run["failure"]} == {}
+    for name, run in runs.items():
         assert [point["samples"] for point in run["points"]] == [64, 128], name
         assert run["loss"] < min(run["points"][0]["loss"], math.log(300)), name
         assert run["replicas_agree"], name
         assert sum(run["own_steps"]) == 32, name
         assert run["waiting"] is None or 0 <= run["waiting"] <= 1, name
-    for name in trained.keys() & {"gosgd", "adpsgd", "layup", "layup-arrival", "layup-own"}:
+    for name in ("gosgd", "adpsgd", "layup", "layup-arrival", "layup-own"):
         assert runs[name]["mass"] == [2.0, 2.0], name
         assert runs[name]["bytes_per_step"] > 0, name
         assert runs[name]["consensus_distance"][0] > 0, name
@@ -290,7 +289,7 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
     assert 0 < runs["ddp-powersgd"]["bytes_per_step"] < whole
     for name in ("localsgd", "diloco", "co2"):
         assert runs[name]["bytes_per_step"] == 2 * whole / 4, name
-    assert {run["method"] for run in results["runs"] if run.get("peak_bytes", 0) > 0} >= trained.keys()
+    assert {run["method"] for run in results["runs"] if run.get("peak_bytes", 0) > 0} == runs.keys()
     assert "| LayUp | 0.008 |" in done.stdout
     assert {file.name for file in (tmp_path / "out").glob("compare*")} == {
         "compare.json", "compare.md", "compare-samples.png", "compare-seconds.png"}  # fmt: skip
