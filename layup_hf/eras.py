@@ -204,10 +204,7 @@ class Eras:
 
     def _do_without(self, rank: int, why: str) -> None:
         self._done_without.add(rank)
-        if self._engine is not None:
-            self._engine.exclude(rank)
-        if self._moments is not None:
-            self._moments.exclude(rank)
+        self._exclude(rank)
         logger.warning(f"LayUp: a worker {why}. The others go on; what it was offered and has not taken is taken back.")
 
     def _enduring(self, action: Callable[[], T]) -> T:

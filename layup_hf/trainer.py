@@ -19,25 +19,20 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import report
-from .arrival import ArrivalEngine
-from .blocks import Block
 from .checkpoint import Checkpoints
-from .checks import cannot_step_by_mean, check_data, check_model, check_options, check_runtime
+from .checks import check_data, check_model, check_options, check_runtime
 from .clock import ProgressClock, WorkerFailure
 from .consensus import reach_consensus
 from .eras import Eras
-from .gossip import GossipEngine
+from .exchange import Exchange
 from .hub import HubPushes
 from .logs import Logs
 from .loop import ClockedLoop
 from .meetings import BatchTooLarge
 from .membership import STORE_LOST, StoreLost
-from .moments import MeanMoments
 from .preemption import PreemptionCallback
 from .steps import BlockSteps
 from .straggler import StragglerCallback
-from .topology import PeerSampler
-from .windows import PeerWindows, open_windows
 from .work import WorkSharing
 
 logger = logging.get_logger(__name__)
@@ -45,7 +40,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 
-class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedLoop, Eras):
+class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing, ClockedLoop, Eras):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -80,8 +75,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         arguments = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_options(arguments)
-        self._blocks: list[Block] = []
-        self._windows: PeerWindows | None = None
+        self._blocks = []
         self._agreed_at: tuple[int, int] | None = None  # era and steps of all workers at the latest consensus point
         self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
         with self._preemption.instead_of_transformers(arguments):
@@ -128,70 +122,6 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
         self._share_work(store)
         self._draw_ahead(clock, connect)
         self._start_loop(clock)
-
-    def _open_exchange(self) -> None:
-        """Open windows to the present workers, and begin to count anew. Collective."""
-        rank, world_size = self.args.process_index, self.args.world_size
-        kind = getattr(self.args, "windows", "auto")
-        era = self._membership.era.number if self._membership is not None else 0
-        self._windows = open_windows(
-            kind,
-            self._blocks,
-            rank,
-            lambda item: gather_object([item]),
-            token=self._token,
-            job=self._job_name[:8] + era.to_bytes(8, "big"),
-            wire_dtype=getattr(self.args, "wire_dtype", "fp32"),
-        )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, StragglerCallback):
-                self._windows = callback.late_windows(self._windows, rank)
-        self._ledger = self._windows.ledger
-        peers_per_step = getattr(self.args, "peers_per_step", None)
-        sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
-        self._engine = self._make_engine(sampler)
-        self._share_moments()
-        by_mean = self._moments is not None and self._moments.has_peers
-        self._masses = (1.0,) * world_size
-        self._facts = replace(
-            self._facts, peers_per_step=sampler.count, windows=self._windows.kind, steps_by_mean=by_mean
-        )
-        logger.info(
-            f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step; the "
-            f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
-        )
-
-    def _share_moments(self) -> None:
-        """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective."""
-        wanted = getattr(self.args, "second_moment", "auto")
-        if wanted == "own":
-            return
-        rank, optimizer = self.args.process_index, self._block_optimizer.inner
-        near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
-        self._moments = MeanMoments.open(
-            self._blocks, optimizer, rank, near, lambda item: gather_object([item]), seed=self.args.seed
-        )
-        if self._moments is None and wanted == "mean":
-            raise ValueError(cannot_step_by_mean(type(optimizer).__name__))
-
-    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
-        """What offers and merges, over the windows that have been opened."""
-        parts, offer_every = (self._blocks, self._windows, sampler), getattr(self.args, "offer_every", 1)
-        if getattr(self.args, "merge_at", "boundary") == "arrival":
-            return ArrivalEngine(*parts, offer_every=offer_every, may_exchange=self._may_exchange)
-        return GossipEngine(
-            *parts,
-            offer_every=offer_every,
-            is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
-        )
-
-    def _close_exchange(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        for windows in (self._windows, self._moments):
-            if windows is not None:
-                windows.close()
-        self._windows = self._moments = self._engine = None
 
     def _stop_gossip(self) -> None:
         self._stop_loop()
@@ -299,11 +229,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Logs, WorkSharing, ClockedL
     def _agree_on_model(self) -> None:
         """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
         self._require_same_parameters()
-        if self._engine is not None:
-            self._engine.pause()
-            self._engine.require_same_memory()
-        if self._moments is not None:
-            self._moments.require_same_memory(self._block_optimizer.inner)
+        self._pause_exchange()
         ledger = self._ledger if self._engine is not None else None
         done = gather_object([self._steps_done])
         consensus = reach_consensus(self._blocks, ledger, self._is_new)
