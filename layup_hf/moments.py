@@ -15,8 +15,11 @@ from .blocks import Block
 from .windows.base import Gather
 from .windows.shared import SharedWindows
 
+MEASURED_AT_FIRST = 100
+"""So many own steps, the first ones of a run, are all measured: the gain is largest while the rate warms up."""
+
 MEASURE_EVERY = 8
-"""Own steps between two measurements of a block. With a beta1 of 0.9, first moments forget in about ten."""
+"""Own steps between two measurements of a block after that. With a beta1 of 0.9, first moments forget in about ten."""
 
 
 @dataclass
@@ -28,7 +31,8 @@ class _Part:
         theirs: Number of the block in the windows.
         age: Steps that the moments are means of.
         noise: Running mean of its square, before correction for the beginning; one number for each row.
-        measured: How often.
+        steps: Own steps since this was opened.
+        covered: Those of them that the running mean is of.
         kept: What is kept of the second moment during a step; one number for each row. Empty before the first
             measurement.
         given_back: What is given back after it: `beta2 * (1 - kept)`.
@@ -39,7 +43,8 @@ class _Part:
     theirs: int
     age: int
     noise: list[Tensor]
-    measured: int = 0
+    steps: int = 0
+    covered: int = 0
     kept: list[Tensor] = field(default_factory=list)
     given_back: list[Tensor] = field(default_factory=list)
 
@@ -58,8 +63,9 @@ class MeanMoments:
     says nothing of n: along the steepest directions gradients go back and forth by themselves. Measured, that is worse
     than no correction.)
 
-    In every eighth own step of a block, the first moments of one peer on this host, drawn at random, are read in place,
-    and a running mean with AdamW's own beta2 is kept of what they say. It is kept by row (the first axis of a
+    In every one of the first hundred own steps, and in every eighth after that, the first moments that one peer on this
+    host, drawn at random, has of a block are read in place, and a running mean with AdamW's own beta2 is kept of what
+    they say. It is kept by row (the first axis of a
     parameter; of a vector there is one), which takes next to no memory. While the optimizer steps, the second moment is
     multiplied by `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, and given back afterwards what was taken, so that it stays what
     AdamW makes of it. M counts the workers on this host. (If a GradScaler lets the optimizer skip the step, `1 - beta2`
@@ -137,9 +143,11 @@ class MeanMoments:
         if part is None or not self._peers:
             yield
             return
-        if part.age and (part.age + block.index) % MEASURE_EVERY == 0:
+        is_turn = part.steps < MEASURED_AT_FIRST or (part.steps + block.index) % MEASURE_EVERY == 0
+        if part.age and is_turn:
             self._measure(part)
         part.age += 1
+        part.steps += 1
         if not part.kept:
             yield
             return
@@ -151,11 +159,11 @@ class MeanMoments:
     def _measure(self, part: _Part) -> None:
         """Compare with a peer, and say what is to be kept from here on. Nothing waits for the device."""
         beta1, beta2 = self._betas
-        part.measured += 1
-        # Of the square of independent noise, this is left in a first moment of that age, and that much weight is new.
+        new = max(part.steps - part.covered, 1)
+        part.covered += new
+        # Of the square of independent noise, this is left in a first moment of that age.
         left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * part.age)) / (1 - beta1**2)
-        weight = 1 - beta2**MEASURE_EVERY
-        seen = 1 - (1 - weight) ** part.measured
+        weight, seen = 1 - beta2**new, 1 - beta2**part.covered
         theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
         differences = torch._foreach_sub(part.first, theirs)
         squares = [by_row(difference.float().square()) for difference in differences]

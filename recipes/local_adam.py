@@ -8,7 +8,7 @@ each worker has the gradient of its own batch, clipped by its own norm. What dif
 - `mean`: of one AdamW that sees the mean gradient, which is what DDP does;
 - `local`: the mean of the steps of the workers' own AdamWs, which is the best that local optimizers can come to;
 - `compared`: as `local`, with second moments from which the noise is taken that a mean gradient would not have, found
-  by comparing first moments with one other worker in every eighth step, as `layup_hf.moments` does;
+  by comparing first moments with one other worker in every step, as `layup_hf.moments` does at first;
 - `in time`: the same, found by each worker alone, from how its gradient changes from step to step.
 
 Prints held-out losses at equal samples and writes `local-adam.json` into `--folder`; goes on where it was stopped.
@@ -37,7 +37,7 @@ from tokens import cache_folder, cached_tokenizer, collate, make_blocks
 from torch import Tensor
 from tqdm import tqdm
 
-from layup_hf.moments import MEASURE_EVERY, by_row
+from layup_hf.moments import by_row
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 CLIP = 1.0
@@ -53,7 +53,7 @@ class Moments:
     def __init__(self, parameters: Tensors) -> None:
         self.first, self.second, self.signal = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
         self.noise = [torch.zeros_like(by_row(p)) for p in parameters]
-        self.steps = self.measured = 0
+        self.steps = 0
 
     def update(self, gradients: Tensors) -> None:
         self.steps += 1
@@ -70,12 +70,11 @@ class Moments:
 
     def compare(self, other: Moments) -> None:
         """See what of the first moments is noise: see `layup_hf.moments`."""
-        self.measured += 1
         left = (1 - BETA1) ** 2 * (1 - BETA1 ** (2 * self.steps)) / (1 - BETA1**2)
         squares = [
             by_row((mine - its).square()) / (2 * left) for mine, its in zip(self.first, other.first, strict=True)
         ]
-        torch._foreach_lerp_(self.noise, squares, 1 - BETA2**MEASURE_EVERY)
+        torch._foreach_lerp_(self.noise, squares, 1 - BETA2)
 
     def step(self, rule: str, workers: int) -> Tensors:
         """The step in learning rates; unless by AdamW's own, as if its second moment were that of the mean gradient."""
@@ -85,8 +84,8 @@ class Moments:
             if rule == "in time":
                 noise = ((square - self.signal[number] / self._whole(BETA2)) / (1 - NOISE_KEPT)).clamp(min=0)
                 square = (square - noise + noise / workers).clamp(min=0)
-            elif rule == "compared" and self.measured:
-                noise = self.noise[number] / (1 - BETA2 ** (MEASURE_EVERY * self.measured))
+            elif rule == "compared":
+                noise = self.noise[number] / self._whole(BETA2)
                 square = square * (1 - (1 - 1 / workers) * (noise / by_row(square).clamp(min=1e-38)).clamp(max=1))
             steps.append(first / self._whole(BETA1) / (square.sqrt() + EPSILON))
         return steps
@@ -130,10 +129,10 @@ def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -
         with torch.no_grad():
             for optimizer, own in zip(optimizers, [mean_of(found)] if rule == "mean" else found, strict=True):
                 optimizer.update(own)
-            if rule == "compared" and (step + 1) % MEASURE_EVERY == 0:
+            if rule == "compared":
                 for rank, optimizer in enumerate(optimizers):
                     others = [other for other in optimizers if other is not optimizer]
-                    optimizer.compare(others[(step // MEASURE_EVERY + rank) % len(others)])
+                    optimizer.compare(others[(step + rank) % len(others)])
             steps = mean_of([optimizer.step(rule, options.workers) for optimizer in optimizers])
             torch._foreach_add_(parameters, steps, alpha=-rate_at(step, options, peak_rate))
     model.eval()

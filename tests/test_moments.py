@@ -8,6 +8,7 @@ from fleet import gather_between_threads, together
 from launching import run
 from torch import nn
 
+import layup_hf.moments
 from layup_hf.blocks import split_into_blocks
 from layup_hf.moments import MEASURE_EVERY, MeanMoments, can_step_by_mean
 
@@ -91,6 +92,19 @@ def test_what_is_kept_is_the_second_moment_of_the_mean_gradient(workers, count):
     assert vector == pytest.approx(1.0, abs=1e-6)
 
 
+def test_measurements_are_frequent_at_first(workers, monkeypatch):
+    """And all weigh as much as the steps that they stand for."""
+    monkeypatch.setattr(layup_hf.moments, "MEASURED_AT_FIRST", 10)
+    fleet, seen = workers(2), []
+    for step in range(40):
+        before = fleet.moments[0]._parts[0].covered
+        fleet.step(0)
+        seen += [step] * (fleet.moments[0]._parts[0].covered > before)
+        fleet.step(1)
+    assert seen == [*range(1, 10), 16, 24, 32]
+    assert fleet.moments[0]._parts[0].covered == 32
+
+
 def test_adamw_keeps_its_own_second_moment(workers):
     """As if nothing had ever been taken out of it; and its first moment."""
     fleet = workers(2)
@@ -107,7 +121,8 @@ def test_adamw_keeps_its_own_second_moment(workers):
     assert not torch.allclose(fleet.models[0].matrix, plain, rtol=0.1)
 
 
-def test_steps_are_longer_by_the_root_of_what_is_kept(workers):
+def test_steps_are_longer_by_the_root_of_what_is_kept(workers, monkeypatch):
+    monkeypatch.setattr(layup_hf.moments, "MEASURED_AT_FIRST", 0)
     fleet = workers(4, betas=(0.0, 0.999), weight_decay=0.0, eps=0.0)
     for _ in range(4 * MEASURE_EVERY + 1):
         for rank in range(4):
