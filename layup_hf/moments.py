@@ -233,6 +233,6 @@ def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter
 
 
 def by_row(tensor: Tensor) -> Tensor:
-    """Mean over all axes but the first, which stay with length 1; of a vector, over all of it."""
+    """Mean over all axes but the first, which stay with length 1; of a vector or a number, over all of it."""
     axes = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
-    return tensor.float().mean(dim=axes, keepdim=True) if axes else tensor.float()
+    return tensor.float().mean(dim=axes, keepdim=True) if axes else tensor.float().mean()  # never the tensor itself
