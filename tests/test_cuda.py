@@ -6,6 +6,8 @@ from launching import run
 from stock import BOTH, arguments, gpt2, same, text
 
 from layup_hf import LayupTrainer
+from layup_hf.blocks import split_into_blocks
+from layup_hf.moments import MeanMoments
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -45,6 +47,26 @@ def test_no_block_makes_the_processor_wait_for_the_device(tmp_path, options):
 
     args = arguments(tmp_path, use_cpu=False, max_grad_norm=0.3, dataloader_pin_memory=True, **options)
     assert Watched(model=gpt2(), args=args, train_dataset=text()).train().global_step == 6
+
+
+def test_comparing_moments_does_not_make_the_processor_wait(monkeypatch):
+    model = gpt2().cuda()
+    blocks, optimizer = split_into_blocks(model), torch.optim.AdamW(model.parameters(), fused=True)
+    moments = MeanMoments.open(blocks, optimizer, 0, [], lambda item: [item])
+    theirs = {part.theirs: [torch.ones_like(tensor) for tensor in part.first] for part in moments._parts.values()}
+    monkeypatch.setattr(moments, "_peers", [1])
+    monkeypatch.setattr(moments._windows, "read", lambda peer, block: theirs[block])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            for block in blocks:
+                with moments.stepping(block):
+                    pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(part.kept for part in moments._parts.values())
 
 
 def test_layers_are_compiled_by_inductor(tmp_path):
