@@ -53,8 +53,8 @@ class Exchange:
         self._ledger = self._windows.ledger
         peers_per_step = getattr(self.args, "peers_per_step", None)
         sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
-        self._engine = self._make_engine(sampler)
         self._share_moments()
+        self._engine = self._make_engine(sampler)  # last: whoever has to begin again, as a worker is gone, has none
         by_mean = self._moments is not None and self._moments.has_peers
         self._masses = (1.0,) * world_size
         self._facts = replace(
