@@ -43,8 +43,8 @@ def seen_until(results, event, step):
     """What had been seen at the meeting of this kind at this step."""
     seen = []
     for result in results:
-        own = next(own for name, at, own in result["events"] if (name, at) == (event, step))
-        seen += result["samples"][: own * len(result["samples"]) // result["steps"]]
+        number = next(n for n, (name, at, _) in enumerate(result["events"]) if (name, at) == (event, step))
+        seen += result["samples"][: result["batches"][number]]
     return counts(*seen)
 
 

@@ -122,6 +122,7 @@ class Observer(TrainerCallback):
 
     def note(self, event, state):
         self.result["events"].append([event, state.global_step, len(self.result["times"])])
+        self.result["batches"].append(len(self.result["samples"]))
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.note("epoch", state)
@@ -141,7 +142,7 @@ def run_case(options):
     rank = config.process_index
     if config.batch_sizes:
         config.per_device_train_batch_size = int(config.batch_sizes.split("/")[rank])
-    lists = ("samples", "times", "clock", "rates", "events", "epochs")
+    lists = ("samples", "times", "clock", "rates", "events", "batches", "epochs")
     result = {"rank": rank, **{name: [] for name in lists}}
     torch.manual_seed(0)
     observer = Observer(config, result)
