@@ -65,11 +65,10 @@ class MeanMoments:
 
     In every one of the first hundred own steps, and in every eighth after that, the first moments that one peer on this
     host, drawn at random, has of a block are read in place, and a running mean with AdamW's own beta2 is kept of what
-    they say. It is kept by row (the first axis of a
-    parameter; of a vector there is one), which takes next to no memory. While the optimizer steps, the second moment is
-    multiplied by `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, and given back afterwards what was taken, so that it stays what
-    AdamW makes of it. M counts the workers on this host. (If a GradScaler lets the optimizer skip the step, `1 - beta2`
-    of what was taken stays taken.)
+    they say. It is kept by row (the first axis of a parameter; of a vector there is one), which takes next to no
+    memory. While the optimizer steps, the second moment is multiplied by `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, and given
+    back afterwards what was taken, so that it stays what AdamW makes of it. M counts the workers on this host. (If a
+    GradScaler lets the optimizer skip the step, `1 - beta2` of what was taken stays taken.)
 
     It needs torch's Adam or AdamW, without `amsgrad`, with one pair of betas. Make it with `MeanMoments.open`.
 
@@ -161,16 +160,11 @@ class MeanMoments:
         beta1, beta2 = self._betas
         new = max(part.steps - part.covered, 1)
         part.covered += new
-        # Of the square of independent noise, this is left in a first moment of that age.
-        left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * part.age)) / (1 - beta1**2)
         weight, seen = 1 - beta2**new, 1 - beta2**part.covered
         theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
-        differences = torch._foreach_sub(part.first, theirs)
-        squares = [by_row(difference.float().square()) for difference in differences]
-        torch._foreach_div_(squares, 2 * left)
-        torch._foreach_lerp_(part.noise, squares, weight)
+        torch._foreach_lerp_(part.noise, noise_between(part.first, theirs, beta1, part.age), weight)
         share = len(self._peers) / (len(self._peers) + 1)
-        rows = [by_row(second.float()) for second in part.second]
+        rows = [by_row(second) for second in part.second]
         torch._foreach_div_(rows, 1 - beta2**part.age)
         torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
         ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
@@ -230,6 +224,20 @@ def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
+
+
+def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float, age: int) -> list[Tensor]:
+    """Square of a gradient's noise, as two workers' first moments show it: `(m_i - m_j)^2 / 2f`, one number per row.
+
+    Args:
+        mine, theirs: First moments, before correction for the beginning, of each parameter.
+        beta1: With which they are running means.
+        age: Steps that they are means of; f is what such a mean has left of independent noise.
+    """
+    left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * age)) / (1 - beta1**2)
+    squares = [by_row(difference.float().square()) for difference in torch._foreach_sub(mine, theirs)]
+    torch._foreach_div_(squares, 2 * left)
+    return squares
 
 
 def by_row(tensor: Tensor) -> Tensor:

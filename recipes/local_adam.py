@@ -37,7 +37,7 @@ from tokens import cache_folder, cached_tokenizer, collate, make_blocks
 from torch import Tensor
 from tqdm import tqdm
 
-from layup_hf.moments import by_row
+from layup_hf.moments import by_row, noise_between
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 CLIP = 1.0
@@ -70,11 +70,7 @@ class Moments:
 
     def compare(self, other: Moments) -> None:
         """See what of the first moments is noise: see `layup_hf.moments`."""
-        left = (1 - BETA1) ** 2 * (1 - BETA1 ** (2 * self.steps)) / (1 - BETA1**2)
-        squares = [
-            by_row((mine - its).square()) / (2 * left) for mine, its in zip(self.first, other.first, strict=True)
-        ]
-        torch._foreach_lerp_(self.noise, squares, 1 - BETA2)
+        torch._foreach_lerp_(self.noise, noise_between(self.first, other.first, BETA1, self.steps), 1 - BETA2)
 
     def step(self, rule: str, workers: int) -> Tensors:
         """The step in learning rates; unless by AdamW's own, as if its second moment were that of the mean gradient."""
