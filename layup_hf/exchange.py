@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from accelerate.utils import gather_object
 from transformers.utils import logging
@@ -19,6 +20,11 @@ from .topology import PeerSampler
 from .windows import PeerWindows, open_windows
 
 logger = logging.get_logger(__name__)
+
+
+def _gather(item: Any) -> list[Any]:
+    """One object from every worker. Collective."""
+    return gather_object([item])
 
 
 class Exchange:
@@ -42,7 +48,7 @@ class Exchange:
             kind,
             self._blocks,
             rank,
-            lambda item: gather_object([item]),
+            _gather,
             token=self._token,
             job=self._job_name[:8] + era.to_bytes(8, "big"),
             wire_dtype=getattr(self.args, "wire_dtype", "fp32"),
@@ -72,9 +78,7 @@ class Exchange:
             return
         rank, optimizer = self.args.process_index, self._block_optimizer.inner
         near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
-        self._moments = MeanMoments.open(
-            self._blocks, optimizer, rank, near, lambda item: gather_object([item]), seed=self.args.seed
-        )
+        self._moments = MeanMoments.open(self._blocks, optimizer, rank, near, _gather, seed=self.args.seed)
         if self._moments is None and wanted == "mean":
             raise ValueError(cannot_step_by_mean(type(optimizer).__name__))
 
@@ -90,11 +94,9 @@ class Exchange:
         )
 
     def _close_exchange(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        for windows in (self._windows, self._moments):
-            if windows is not None:
-                windows.close()
+        for part in (self._engine, self._windows, self._moments):
+            if part is not None:
+                part.close()
         self._windows = self._moments = self._engine = None
 
     def _exclude(self, rank: int) -> None:
