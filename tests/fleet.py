@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -162,6 +163,12 @@ class Fleet:
     def close(self) -> None:
         for windows in self.windows:
             windows.close()
+
+
+def closed_at_the_end(make: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """For a fixture that makes any number of something: `make`, and at the end each that it has made is closed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(contextlib.closing(make(*args, **options)))
 
 
 def distant_part(windows: PeerWindows) -> NixlWindows | None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from fleet import FirstPeers, Fleet, wait_until
+from fleet import FirstPeers, Fleet, closed_at_the_end, wait_until
 from launching import run
 from torch import nn
 
@@ -41,15 +41,7 @@ class Arriving(Fleet):
 
 @pytest.fixture
 def fleet():
-    made = []
-
-    def make(*args, **options):
-        made.append(Arriving(*args, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    yield from closed_at_the_end(Arriving)
 
 
 def test_an_offer_is_merged_without_the_training_thread(fleet):

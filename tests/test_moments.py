@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fleet import gather_between_threads, together
+from fleet import closed_at_the_end, gather_between_threads, together
 from launching import run
 from torch import nn
 
@@ -67,15 +67,7 @@ class Workers:
 
 @pytest.fixture
 def workers():
-    made = []
-
-    def make(*args, **options):
-        made.append(Workers(*args, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    yield from closed_at_the_end(Workers)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -200,7 +192,7 @@ def test_a_state_that_is_replaced_during_training_is_an_error(workers):
         (torch.optim.NAdam, {}, False),
     ],
 )
-def test_which_optimizers_can(workers, optimizer, options, can):
+def test_which_optimizers_can(optimizer, options, can):
     assert can_step_by_mean(optimizer(Rows().parameters(), **options)) == can
 
 
