@@ -164,9 +164,9 @@ def advice(counts: list[int], folder: Path) -> list[dict[str, Any]]:
     for workers, rate, offers in itertools.product(counts, LINKS, OFFERS):
         case = {"workers": workers, "steps": STEPS.get(workers, 100), "rate": rate, "slices": 16, **offers}
         key = case | ({"rate": None} if math.isinf(rate) else {})
-        is_default = (workers == 2 and offers) or (offers.get("topology") == "uniform" and math.isinf(rate))
-        if is_default or any(result["settings"] == key for result in results):
-            continue
+        is_same = (workers == 2 and offers) or (offers.get("topology") == "uniform" and math.isinf(rate))
+        if is_same or any(result["settings"] == key for result in results):
+            continue  # as another case, or has been done
         results.append(simulate(case))
         folder.mkdir(parents=True, exist_ok=True)
         write_results(file, results)
