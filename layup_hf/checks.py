@@ -61,6 +61,9 @@ def check_options(args: Any) -> None:
             "`second_moment='mean'` and `windows='nixl'` exclude each other: moments of peers are read in shared "
             "memory. Leave one of the two at 'auto'."
         )
+    nesterov = getattr(args, "nesterov", "auto")
+    if nesterov not in ("auto", "on", "off"):
+        raise ValueError(f"nesterov={nesterov!r} is unknown: use 'auto', 'on' or 'off'.")
     if getattr(args, "merge_at", "boundary") not in ("boundary", "arrival"):
         raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary' or 'arrival'.")
     _check_bias_options(args)
@@ -178,6 +181,11 @@ def check_runtime(trainer: Any) -> None:
         raise ValueError(cannot_skip(f"optim={args.optim.value!r}"))
     if chooses and getattr(args, "second_moment", "auto") == "mean" and args.optim not in _TORCH_ADAMW:
         raise ValueError(cannot_step_by_mean(f"optim={args.optim.value!r}"))
+    if getattr(args, "nesterov", "auto") == "on":
+        if chooses and args.optim not in _TORCH_ADAMW:
+            raise ValueError(cannot_look_ahead(f"optim={args.optim.value!r}"))
+        if trainer.accelerator.scaler is not None:
+            raise ValueError(cannot_look_ahead("`fp16`"))
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
@@ -220,8 +228,17 @@ def cannot_skip(optimizer: str) -> str:
 def cannot_step_by_mean(optimizer: str) -> str:
     """Why this optimizer cannot have the mean's second moment, and what to do."""
     return (
-        f"`second_moment='mean'` and {optimizer} exclude each other: it needs torch's Adam or AdamW without `amsgrad`, "
-        "with one pair of betas. Use `optim='adamw_torch'`, or leave `second_moment` at 'auto'."
+        f"`second_moment='mean'` and {optimizer} exclude each other: it needs torch's Adam or AdamW without `amsgrad` "
+        "and `maximize`, with one pair of betas. Use `optim='adamw_torch'`, or leave `second_moment` at 'auto'."
+    )
+
+
+def cannot_look_ahead(what: str) -> str:
+    """Why this cannot be combined with Nesterov's momentum, and what to do."""
+    return (
+        f"`nesterov='on'` and {what} exclude each other: it needs torch's AdamW without `amsgrad` and `maximize`, with "
+        "one pair of betas (or such an Adam without weight decay), and gradients that are always finite. Use "
+        "`optim='adamw_torch'` and `bf16` or fp32, or leave `nesterov` at 'auto'."
     )
 
 

@@ -95,6 +95,13 @@ class LayupOptions:
             "is torch's Adam or AdamW and peers share this host's memory."
         },
     )
+    nesterov: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether AdamW steps by Nesterov's momentum, which makes up for gradients that come late: `on`, "
+            "`off`, or `auto`: with several workers, where the optimizer is torch's AdamW and the loss is not scaled."
+        },
+    )
     straggler: str | None = field(
         default=None,
         metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},

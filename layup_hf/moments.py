@@ -6,11 +6,11 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adam import age_of, is_plain_adam, make_states
 from .blocks import Block
 from .windows.base import Gather
 from .windows.shared import SharedWindows
@@ -120,15 +120,15 @@ class MeanMoments:
         Raises:
             MemoryError: There is not enough memory to share.
         """
-        if not all(gather(can_step_by_mean(optimizer))):
+        if not all(gather(is_plain_adam(optimizer))):
             return None
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        make_states(optimizer)
         parts, shown = {}, []
         for block in (block for block in blocks if block.parameters):
-            states = [_state_of(optimizer, groups[id(parameter)], parameter) for parameter in block.parameters]
+            states = [optimizer.state[parameter] for parameter in block.parameters]
             first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
             noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
-            parts[block.index] = _Part(first, second, len(shown), int(states[0]["step"]), noise)
+            parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, block.parameters[0]), noise)
             shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
         windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
         beta1, beta2 = optimizer.param_groups[0]["betas"]
@@ -201,29 +201,6 @@ class MeanMoments:
     def close(self) -> None:
         """Let go of the peers' memory. Idempotent."""
         self._windows.close()
-
-
-def can_step_by_mean(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps its moments as `MeanMoments` has to find them."""
-    groups = optimizer.param_groups
-    return (
-        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-        and not any(group["amsgrad"] for group in groups)
-        and all(isinstance(beta, float) for beta in groups[0]["betas"])
-        and all(group["betas"] == groups[0]["betas"] for group in groups)
-    )
-
-
-def _state_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter; if it has none, made as it would make it in its first step."""
-    state = optimizer.state[parameter]
-    if not state:
-        counts_on_device = group["fused"] or group["capturable"]
-        device = parameter.device if counts_on_device else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
 
 
 def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float, age: int) -> list[Tensor]:

@@ -53,6 +53,7 @@ class RunFacts:
         done: Steps of each worker until the latest consensus point.
         consensus_distance: Right before that point; None if there has been none.
         steps_by_mean: Whether the optimizer's second moment was that of the mean gradient.
+        looks_ahead: Whether the optimizer stepped by Nesterov's momentum.
     """
 
     workers: int
@@ -62,6 +63,7 @@ class RunFacts:
     done: tuple[int, ...] = ()
     consensus_distance: float | None = None
     steps_by_mean: bool = False
+    looks_ahead: bool = False
 
 
 def add_to_card(card: str, facts: RunFacts) -> str:
@@ -84,6 +86,8 @@ def _card_section(facts: RunFacts) -> str:
     )
     if facts.steps_by_mean:
         section += "- the optimizer's second moment: that of the mean gradient of the workers on a host\n"
+    if facts.looks_ahead:
+        section += "- the optimizer stepped by Nesterov's momentum\n"
     if facts.consensus_distance is not None:
         steps = "/".join(str(count) for count in facts.done)
         section += (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from transformers.utils import logging
 
 from .bias import GradientBias
 from .blocks import Block, split_into_blocks
-from .checks import cannot_skip
+from .checks import cannot_look_ahead, cannot_skip
 from .clipping import BlockClipper
 from .compiling import CompiledLayers, compile_options, nothing_compiled
 from .gossip import GossipEngine
 from .hooks import BlockHooks
 from .membership import Membership
 from .moments import MeanMoments
+from .nesterov import Nesterov, can_look_ahead
 from .optimizer import BlockOptimizer
+from .report import RunFacts
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +40,8 @@ class BlockSteps:
     _membership: Membership | None = None
     _bias: GradientBias | None = None
     _moments: MeanMoments | None = None
+    _nesterov: Nesterov | None = None
+    _facts: RunFacts | None = None
 
     def _may_exchange(self) -> bool:
         """Whether this worker's lease holds, if there are leases."""
@@ -85,6 +91,8 @@ class BlockSteps:
             self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
         )
 
+        self._nesterov = self._look_ahead()
+        self._facts = replace(self._facts, looks_ahead=self._nesterov is not None)
         bias_every = getattr(self.args, "bias_every", 0)
         self._bias = bias = GradientBias(self.model, bias_every) if bias_every else None
 
@@ -112,7 +120,7 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with self._engine.holding(block) if self._engine is not None else contextlib.nullcontext():
-                with self._moments.stepping(block) if self._moments is not None else contextlib.nullcontext():
+                with self._adjusting(block):
                     optimizer.step_block(block)
                 if exchanges():  # not after a freeze, before it is known whether the others do without this worker
                     self._engine.offer(block)
@@ -127,6 +135,27 @@ class BlockSteps:
         if (options := compile_options(self.accelerator)) is not None:
             self._layers = CompiledLayers(self._blocks, options)
             logger.info(f"{len(self._layers)} layers are compiled one by one; what is in no layer is not compiled.")
+
+    def _look_ahead(self) -> Nesterov | None:
+        wanted = getattr(self.args, "nesterov", "auto")
+        if wanted == "off" or (wanted == "auto" and not self._goes_by_clock):
+            return None
+        optimizer, scaler = self._block_optimizer.inner, self.accelerator.scaler
+        if can_look_ahead(optimizer) and scaler is None:
+            logger.info("The optimizer steps by Nesterov's momentum.")
+            return Nesterov(self._blocks, optimizer)
+        if wanted == "on":
+            raise ValueError(cannot_look_ahead(type(optimizer).__name__ if scaler is None else "`fp16`"))
+        return None
+
+    @contextlib.contextmanager
+    def _adjusting(self, block: Block) -> Iterator[None]:
+        """While the optimizer steps the block, its moments are what suits a worker among others."""
+        with contextlib.ExitStack() as stack:
+            for part in (self._moments, self._nesterov):
+                if part is not None:
+                    stack.enter_context(part.stepping(block))
+            yield
 
     def _stop_block_steps(self) -> None:
         if self._hooks is not None:

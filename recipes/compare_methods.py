@@ -17,6 +17,8 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from transformers import Trainer, TrainerCallback
 
 from layup_hf import LayupTrainer
+from layup_hf.blocks import Block
+from layup_hf.nesterov import Nesterov
 
 POWERSGD_RANK = 4
 
@@ -89,6 +91,27 @@ def single(setup: Setup) -> Method:
 def ddp(setup: Setup) -> Method:
     """The stock Trainer: gradients are averaged in every step."""
     return Method(Trainer, callbacks=(GradientBytes(setup),))
+
+
+class LookingAhead(TrainerCallback):
+    """Lets the Trainer's AdamW step by Nesterov's momentum, as LayUp's does: the whole model at once."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        if state.global_step == 0:
+            parameters = tuple(p for group in optimizer.param_groups for p in group["params"])
+            self.model = Block(0, "model", (), parameters, (), ())
+            self.nesterov = Nesterov([self.model], getattr(optimizer, "optimizer", optimizer))
+        self.step = self.nesterov.stepping(self.model)
+        self.step.__enter__()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step.__exit__(None, None, None)
+
+
+def ddp_nesterov(setup: Setup) -> Method:
+    """DDP, with the same look ahead as LayUp's optimizer has by default."""
+    return Method(Trainer, callbacks=(GradientBytes(setup), LookingAhead()))
 
 
 def ddp_bf16(setup: Setup) -> Method:
@@ -228,15 +251,17 @@ def co2(setup: Setup) -> Method:
 
 # ---- Gossip ----
 
+PLAIN = {"second_moment": "own", "nesterov": "off"}  # AdamW as the Trainer makes it
+
 
 def gosgd(setup: Setup) -> Method:
     """See `GoSgdTrainer`."""
-    return Method(GoSgdTrainer, {"clip": "exact", "peers_per_step": 1, "second_moment": "own"})
+    return Method(GoSgdTrainer, {"clip": "exact", "peers_per_step": 1, **PLAIN})
 
 
 def adpsgd(setup: Setup) -> Method:
     """See `AdPsgdTrainer`."""
-    return Method(AdPsgdTrainer, {"clip": "exact", "peers_per_step": 1, "second_moment": "own"})
+    return Method(AdPsgdTrainer, {"clip": "exact", "peers_per_step": 1, **PLAIN})
 
 
 def layup(setup: Setup) -> Method:
@@ -249,14 +274,20 @@ def layup_arrival(setup: Setup) -> Method:
     return Method(LayupTrainer, {"merge_at": "arrival"})
 
 
+def layup_straight(setup: Setup) -> Method:
+    """LayUp without Nesterov's momentum."""
+    return Method(LayupTrainer, {"nesterov": "off"})
+
+
 def layup_own(setup: Setup) -> Method:
-    """LayUp whose workers' optimizers know nothing of each other's gradients."""
-    return Method(LayupTrainer, {"second_moment": "own"})
+    """LayUp with plain AdamWs, which know nothing of each other's gradients."""
+    return Method(LayupTrainer, PLAIN)
 
 
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "single": single,
     "ddp": ddp,
+    "ddp-nesterov": ddp_nesterov,
     "ddp-bf16": ddp_bf16,
     "ddp-powersgd": ddp_powersgd,
     "localsgd": localsgd,
@@ -266,6 +297,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "adpsgd": adpsgd,
     "layup": layup,
     "layup-arrival": layup_arrival,
+    "layup-straight": layup_straight,
     "layup-own": layup_own,
 }
 

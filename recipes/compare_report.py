@@ -11,6 +11,7 @@ Run = dict[str, Any]
 NAMES = {
     "single": "one process",
     "ddp": "DDP",
+    "ddp-nesterov": "DDP, Nesterov's momentum",
     "ddp-bf16": "DDP, bf16 gradients",
     "ddp-powersgd": "DDP, PowerSGD",
     "localsgd": "Local SGD",
@@ -20,7 +21,8 @@ NAMES = {
     "adpsgd": "AD-PSGD",
     "layup": "LayUp",
     "layup-arrival": "LayUp, merging on arrival",
-    "layup-own": "LayUp, own second moments",
+    "layup-straight": "LayUp, without Nesterov's momentum",
+    "layup-own": "LayUp, plain AdamW",
 }
 NONE = "-"
 HEADS = (

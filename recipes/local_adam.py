@@ -25,6 +25,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from model import make_config, make_model
 from tokens import cache_folder, cached_tokenizer, collate, make_blocks
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from layup_hf.moments import by_row, noise_between
 
@@ -53,10 +55,12 @@ class Moments:
     def __init__(self, parameters: Tensors) -> None:
         self.first, self.second, self.signal = ([torch.zeros_like(p) for p in parameters] for _ in range(3))
         self.noise = [torch.zeros_like(by_row(p)) for p in parameters]
+        self.gradients: Tensors = []  # of the latest step
         self.steps = 0
 
     def update(self, gradients: Tensors) -> None:
         self.steps += 1
+        self.gradients = gradients
         torch._foreach_lerp_(self.first, gradients, 1 - BETA1)
         torch._foreach_mul_(self.second, BETA2)
         torch._foreach_addcmul_(self.second, gradients, gradients, 1 - BETA2)
@@ -72,8 +76,14 @@ class Moments:
         """See what of the first moments is noise: see `layup_hf.moments`."""
         torch._foreach_lerp_(self.noise, noise_between(self.first, other.first, BETA1, self.steps), 1 - BETA2)
 
-    def step(self, rule: str, workers: int) -> Tensors:
-        """The step in learning rates; unless by AdamW's own, as if its second moment were that of the mean gradient."""
+    def step(self, rule: str, workers: int, looks_ahead: bool = False) -> Tensors:
+        """The step in learning rates; unless by AdamW's own, as if its second moment were that of the mean gradient.
+
+        Args:
+            rule: See the module.
+            workers: Their number.
+            looks_ahead: By Nesterov's momentum, as `layup_hf.nesterov`.
+        """
         steps = []
         for number, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             square = second / self._whole(BETA2)
@@ -83,7 +93,10 @@ class Moments:
             elif rule == "compared":
                 noise = self.noise[number] / self._whole(BETA2)
                 square = square * (1 - (1 - 1 / workers) * (noise / by_row(square).clamp(min=1e-38)).clamp(max=1))
-            steps.append(first / self._whole(BETA1) / (square.sqrt() + EPSILON))
+            direction = first / self._whole(BETA1)
+            if looks_ahead:
+                direction = direction.lerp(self.gradients[number], 1 - BETA1)
+            steps.append(direction / (square.sqrt() + EPSILON))
         return steps
 
 
@@ -97,31 +110,48 @@ def mean_of(lists: Sequence[Tensors]) -> Tensors:
     return [sum(tensors) / len(lists) for tensors in zip(*lists, strict=True)]
 
 
+@dataclass
+class Task:
+    """What is trained: the model, sequences in a random order that begins again at its end, and the held-out ones."""
+
+    model: PreTrainedModel
+    samples: Iterator[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, options: argparse.Namespace, seed: int) -> Task:
+        torch.set_num_threads(1)
+        datasets.disable_progress_bars()
+        corpus, cache = load_corpus(), cache_folder()
+        tokenizer = cached_tokenizer(corpus.train, corpus.column, options.vocab_size, cache)
+        blocks = functools.partial(make_blocks, column=corpus.column, tokenizer=tokenizer, cache=cache)
+        count = options.steps * options.workers * options.batch_size
+        shape = {"rows_are_documents": corpus.rows_are_documents, "block_size": options.block_size}
+        rows = blocks(corpus.train, most=count, name="training", **shape)
+        held_out = blocks(corpus.held_out, most=HELD_OUT, name="held-out", **shape)
+        model = make_model(None, make_config(None, options.config_overrides, tokenizer, options.block_size), seed)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        return cls(model.train(), (rows[number] for number in itertools.cycle(order)), list(held_out))
+
+    def gradient(self, batch_size: int) -> Tensors:
+        """Of the next batch, clipped by its own norm."""
+        batch = collate(list(itertools.islice(self.samples, batch_size)))
+        return clipped(torch.autograd.grad(self.model(**batch).loss, list(self.model.parameters())))
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        self.model.eval()
+        batches = [collate(self.held_out[i : i + 16]) for i in range(0, len(self.held_out), 16)]
+        return statistics.mean(float(self.model(**batch).loss) for batch in batches)
+
+
 def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -> dict[str, Any]:
     """One run; its held-out loss."""
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    corpus, cache = load_corpus(), cache_folder()
-    tokenizer = cached_tokenizer(corpus.train, corpus.column, options.vocab_size, cache)
-    blocks = functools.partial(make_blocks, column=corpus.column, tokenizer=tokenizer, cache=cache)
-    count = options.steps * options.workers * options.batch_size
-    shape = {"rows_are_documents": corpus.rows_are_documents, "block_size": options.block_size}
-    rows = blocks(corpus.train, most=count, name="training", **shape)
-    held_out = blocks(corpus.held_out, most=HELD_OUT, name="held-out", **shape)
-    model = make_model(None, make_config(None, options.config_overrides, tokenizer, options.block_size), seed)
-    parameters = list(model.parameters())
-    order = iter(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist() * 2)
-
-    def gradients() -> Iterator[Tensors]:
-        """Of each worker's batch."""
-        for _ in range(options.workers):
-            batch = collate([rows[number] for number in itertools.islice(order, options.batch_size)])
-            yield clipped(torch.autograd.grad(model(**batch).loss, parameters))
-
-    model.train()
+    task = Task.load(options, seed)
+    parameters = list(task.model.parameters())
     optimizers = [Moments(parameters) for _ in range(1 if rule == "mean" else options.workers)]
     for step in range(options.steps):
-        found = list(gradients())
+        found = [task.gradient(options.batch_size) for _ in range(options.workers)]
         with torch.no_grad():
             for optimizer, own in zip(optimizers, [mean_of(found)] if rule == "mean" else found, strict=True):
                 optimizer.update(own)
@@ -131,13 +161,7 @@ def train(options: argparse.Namespace, rule: str, peak_rate: float, seed: int) -
                     optimizer.compare(others[(step + rank) % len(others)])
             steps = mean_of([optimizer.step(rule, options.workers) for optimizer in optimizers])
             torch._foreach_add_(parameters, steps, alpha=-rate_at(step, options, peak_rate))
-    model.eval()
-    batches = [
-        collate([held_out[n] for n in range(i, min(i + 16, len(held_out)))]) for i in range(0, len(held_out), 16)
-    ]
-    with torch.no_grad():
-        loss = statistics.mean(float(model(**batch).loss) for batch in batches)
-    return {"rule": rule, "learning_rate": peak_rate, "seed": seed, "loss": loss}
+    return {"rule": rule, "learning_rate": peak_rate, "seed": seed, "loss": task.held_out_loss()}
 
 
 def rate_at(step: int, options: argparse.Namespace, peak: float) -> float:
@@ -146,6 +170,34 @@ def rate_at(step: int, options: argparse.Namespace, peak: float) -> float:
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (options.steps - warm_up)))
+
+
+def run_all(
+    run: Callable[..., dict[str, Any]],
+    options: argparse.Namespace,
+    names: Sequence[str],
+    wanted: Sequence[tuple[Any, ...]],
+    file: Path,
+) -> list[dict[str, Any]]:
+    """The results of all runs that are wanted, of which those in the file have been made already.
+
+    Args:
+        run: Takes the options and what is wanted; its result says what was wanted under `names`.
+        options: Of all runs; `at_once` of them are made at a time.
+        names: Of what tells runs apart.
+        wanted: Values of these, for each run.
+        file: Is written after each run.
+    """
+    results = json.loads(file.read_text()) if file.exists() else []
+    done = [tuple(result[name] for name in names) for result in results]
+    missing = [values for values in wanted if values not in done]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn")) as pool:
+        runs = pool.map(functools.partial(run, options), *zip(*missing, strict=True)) if missing else []
+        for result in tqdm(runs, total=len(missing), unit="run"):
+            results.append(result)
+            write_results(file, results)
+    return results
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -157,9 +209,8 @@ def show(results: list[dict[str, Any]]) -> None:
         print(f"| {rule} | {' | '.join(', '.join(f'{loss:.3f}' for loss in cell) for cell in cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, for how long, by how many."""
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=4)
@@ -171,20 +222,15 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.4, help="share of the steps")
     parser.add_argument("--at_once", type=int, default=2, help="runs, each on one core")
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    add_task_arguments(parser)
     options = parser.parse_args()
-    file = options.folder / "local-adam.json"
-    results = json.loads(file.read_text()) if file.exists() else []
-    done = {(r["rule"], r["learning_rate"], r["seed"]) for r in results}
-    wanted = list(itertools.product(options.seeds, options.learning_rates, options.rules))
-    missing = [(rule, rate, seed) for seed, rate, rule in wanted if (rule, rate, seed) not in done]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    run: Callable[..., Any] = functools.partial(train, options)
-    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.map(run, *zip(*missing, strict=True)) if missing else []
-        for result in tqdm(runs, total=len(missing), unit="run"):
-            results.append(result)
-            write_results(file, results)
-    show(results)
+    wanted = itertools.product(options.rules, options.learning_rates, options.seeds)
+    show(run_all(train, options, ("rule", "learning_rate", "seed"), list(wanted), options.folder / "local-adam.json"))
 
 
 RULES = ("mean", "local", "compared", "in time")

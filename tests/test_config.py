@@ -54,6 +54,7 @@ REFUSED = {
         {"second_moment": "mean", "windows": "nixl"},
         "Leave one of the two at 'auto'",
     ),
+    "nesterov='yes'": ({"nesterov": "yes"}, "use 'auto', 'on' or 'off'"),
     "offer_every=0": ({"offer_every": 0}, "Use 1 or more"),
     "offer_every=-2": ({"offer_every": -2}, "Use 1 or more"),
     "lease_seconds=0.5": ({"lease_seconds": 0.5}, "Use at least 1 second"),
@@ -179,6 +180,7 @@ def test_possible_options_are_accepted(arguments):
         peers_per_step=1,
         windows="shared",
         second_moment="mean",
+        nesterov="on",
         wire_dtype="fp32",
         offer_every=4,
         lease_seconds=1.0,
@@ -217,7 +219,7 @@ def test_the_config_is_parsed_from_the_command_line(tmp_path):
             *("--peers_per_step", "3", "--windows", "shared", "--shared_batches", "False"),
             *("--straggler", "rank=0,compute=1", "--offer_every", "2", "--lease_seconds", "2.5"),
             *("--network_interface", "lo", "--wire_dtype", "fp32"),
-            *("--second_moment", "own", "--merge_at", "arrival"),
+            *("--second_moment", "own", "--merge_at", "arrival", "--nesterov", "off"),
         ]
     )
     assert isinstance(config, TrainingArguments)
@@ -225,7 +227,7 @@ def test_the_config_is_parsed_from_the_command_line(tmp_path):
     assert (config.shared_batches, config.straggler) == (False, "rank=0,compute=1")
     assert (config.offer_every, config.lease_seconds) == (2, 2.5)
     assert (config.network_interface, config.wire_dtype) == ("lo", "fp32")
-    assert (config.second_moment, config.merge_at) == ("own", "arrival")
+    assert (config.second_moment, config.merge_at, config.nesterov) == ("own", "arrival", "off")
 
 
 def test_the_command_line_has_the_defaults(tmp_path):
@@ -233,7 +235,7 @@ def test_the_command_line_has_the_defaults(tmp_path):
     assert (config.peers_per_step, config.windows) == (None, "auto")
     assert (config.shared_batches, config.straggler) == (True, None)
     assert (config.wire_dtype, config.offer_every) == ("fp32", 1)
-    assert (config.second_moment, config.merge_at) == ("auto", "boundary")
+    assert (config.second_moment, config.merge_at, config.nesterov) == ("auto", "boundary", "auto")
     assert (config.lease_seconds, config.network_interface, config.join, config.job_to_join) == (None,) * 4
 
 

@@ -338,9 +338,10 @@ def test_without_training_the_card_says_nothing_about_workers(tmp_path):
 
 
 def test_a_card_without_a_list_of_versions_gets_the_section_at_its_end():
-    card = add_to_card("# A model\n\nText.", RunFacts(2, 5, 1, "shared", (3, 1), 0.01234, True))
+    card = add_to_card("# A model\n\nText.", RunFacts(2, 5, 1, "shared", (3, 1), 0.01234, True, True))
     assert card.startswith("# A model\n\nText.\n\n### LayUp\n\n")
     assert "- the optimizer's second moment: that of the mean gradient of the workers on a host\n" in card
+    assert "- the optimizer stepped by Nesterov's momentum\n" in card
     assert card.endswith("- consensus distance at the end: 1.23e-02\n- steps by worker: 3/1 (75/25 %)\n\n")
 
 

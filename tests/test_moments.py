@@ -9,8 +9,9 @@ from launching import run
 from torch import nn
 
 import layup_hf.moments
+from layup_hf.adam import is_plain_adam
 from layup_hf.blocks import split_into_blocks
-from layup_hf.moments import MEASURE_EVERY, MeanMoments, can_step_by_mean
+from layup_hf.moments import MEASURE_EVERY, MeanMoments
 
 ROWS, WIDTH = 4, 200
 SIGNAL = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
@@ -193,13 +194,13 @@ def test_a_state_that_is_replaced_during_training_is_an_error(workers):
     ],
 )
 def test_which_optimizers_can(optimizer, options, can):
-    assert can_step_by_mean(optimizer(Rows().parameters(), **options)) == can
+    assert is_plain_adam(optimizer(Rows().parameters(), **options)) == can
 
 
 def test_groups_with_different_betas_cannot():
     model = Rows()
     groups = [{"params": [model.matrix]}, {"params": [model.vector], "betas": (0.5, 0.9)}]
-    assert not can_step_by_mean(torch.optim.AdamW(groups))
+    assert not is_plain_adam(torch.optim.AdamW(groups))
 
 
 def test_if_one_worker_cannot_none_does(workers):

@@ -192,6 +192,12 @@ def test_fp16_without_a_scaler_is_refused_at_construction(tmp_path):
         LayupTrainer(model=gpt2(), args=arguments(tmp_path, fp16=True), train_dataset=text())
 
 
+def test_the_optimizer_does_not_look_ahead_where_the_loss_is_scaled(tmp_path):
+    """A gradient that is not finite would stay in its first moments."""
+    with pytest.raises(ValueError, match=r"`nesterov='on'` and `fp16` exclude each other"):
+        train(scaling(LayupTrainer), tmp_path, nesterov="on")
+
+
 # ---- Compiled layers ----
 
 

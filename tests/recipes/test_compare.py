@@ -277,7 +277,7 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
         assert run["replicas_agree"], name
         assert sum(run["own_steps"]) == 32, name
         assert run["waiting"] is None or 0 <= run["waiting"] <= 1, name
-    for name in ("gosgd", "adpsgd", "layup", "layup-arrival", "layup-own"):
+    for name in ("gosgd", "adpsgd", "layup", "layup-arrival", "layup-straight", "layup-own"):
         assert runs[name]["mass"] == [2.0, 2.0], name
         assert runs[name]["bytes_per_step"] > 0, name
         assert runs[name]["consensus_distance"][0] > 0, name
@@ -285,6 +285,8 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
     whole = 4 * runs["ddp"]["parameters"]  # bytes of the gradients, or of the weights
     assert runs["single"]["bytes_per_step"] == 0
     assert runs["ddp"]["bytes_per_step"] == 2 * whole
+    assert runs["ddp-nesterov"]["bytes_per_step"] == 2 * whole
+    assert runs["ddp-nesterov"]["loss"] != runs["ddp"]["loss"]
     assert runs["ddp-bf16"]["bytes_per_step"] == whole
     assert 0 < runs["ddp-powersgd"]["bytes_per_step"] < whole
     for name in ("localsgd", "diloco", "co2"):

@@ -1,4 +1,4 @@
-"""Trains with every way to keep second moments, one after the other, and writes what workers made of them.
+"""Trains with every way to keep and use moments, one after the other, and writes what workers made of them.
 
 Cases are options of LayupConfig, with `optimizer=sgd` for a user's own optimizer.
 """
@@ -38,10 +38,12 @@ def run_case(options):
         watch.trainer = trainer = LayupTrainer(
             model=model, args=config, train_dataset=text(320), callbacks=[watch], optimizers=optimizers
         )
-        trainer.train()
+        result["loss"] = trainer.train().training_loss
     except ValueError as error:
         return {**result, "failure": str(error)}
     names = {name for state in trainer.optimizer.state.values() for name in state}
+    result["looks_ahead"] = trainer._nesterov is not None
+    result["ahead_in_card"] = trainer._facts.looks_ahead
     result["same"] = same_everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return {**result, "state": sorted(names), "closed": trainer._moments is None} | {
         name: getattr(watch, name, None) for name in ("kept", "first", "theirs")
