@@ -21,7 +21,9 @@ class Nesterov:
 
         m + (1 - beta1) (g - m)
 
-    which is the step of NAdam (Dozat, ICLR 2016 workshop) with a constant momentum. What it gains is in the README.
+    which is the step of NAdam (Dozat, ICLR 2016 workshop) with a constant momentum. On a quadratic of curvature h, with
+    gradients that are one step late and a beta1 of 0.9, rates up to 2.5 / h are then stable instead of 1 / h. What it
+    gains in training is in the README.
 
     Nothing is kept for it: while the optimizer steps, the first moment is `m + l (g - m)` with the m and g of before
     the step, and it is given back afterwards what AdamW makes of m (up to rounding). With `l = (1 - beta1) (1 -
