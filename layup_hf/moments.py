@@ -70,7 +70,7 @@ class MeanMoments:
     back afterwards what was taken, so that it stays what AdamW makes of it. M counts the workers on this host. (If a
     GradScaler lets the optimizer skip the step, `1 - beta2` of what was taken stays taken.)
 
-    It needs torch's Adam or AdamW, without `amsgrad`, with one pair of betas. Make it with `MeanMoments.open`.
+    It needs torch's Adam or AdamW, see `is_plain_adam`. Make it with `MeanMoments.open`.
 
     Args:
         parts: By the block's index.

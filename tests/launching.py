@@ -255,3 +255,10 @@ def run(
     started.assert_nothing_left()
     assert shared_memory_files() <= before
     return started
+
+
+def run_cases(script: str, processes: int, cases: dict[str, list[str]], folder: Path) -> dict[str, list[dict]]:
+    """What each worker has to say of each case, all in one launch of a script that takes them by `worker.run_cases`."""
+    options = [option for case in cases.values() for option in ("--then", *case)][1:]
+    results = run(script, processes, options, folder).results()
+    return {name: [worker[number] for worker in results] for number, name in enumerate(cases)}

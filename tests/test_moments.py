@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fleet import closed_at_the_end, gather_between_threads, together
-from launching import run
+from launching import run_cases
 from torch import nn
 
 import layup_hf.moments
@@ -264,9 +264,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """What each of two real workers has to say of each case."""
-    options = [option for case in CASES.values() for option in ("--then", *case)][1:]
-    results = run("moments.py", 2, options, tmp_path_factory.mktemp("moments")).results()
-    return {name: [worker[number] for worker in results] for number, name in enumerate(CASES)}
+    return run_cases("moments.py", 2, CASES, tmp_path_factory.mktemp("moments"))
 
 
 @pytest.mark.parametrize("case", ["auto", "mean", "exact", "arrival"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import run
+from launching import run_cases
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
@@ -197,12 +197,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """What each worker has to say of each case, by the number of workers."""
-    options = [option for case in CASES.values() for option in ("--then", *case)][1:]
-    results = {}
-    for workers in (1, 2):
-        told = run("moments.py", workers, options, tmp_path_factory.mktemp(f"nesterov-{workers}")).results()
-        results[workers] = {name: [worker[number] for worker in told] for number, name in enumerate(CASES)}
-    return results
+    return {
+        workers: run_cases("moments.py", workers, CASES, tmp_path_factory.mktemp(f"nesterov-{workers}"))
+        for workers in (1, 2)
+    }
 
 
 @pytest.mark.parametrize(
