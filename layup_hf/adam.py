@@ -1,4 +1,4 @@
-"""What may be known of the state of torch's Adam and AdamW."""
+"""What is known of torch's AdamW and its state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from torch import Tensor
 
 
 def is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is torch's Adam or AdamW without `amsgrad` and `maximize`, with one pair of betas (numbers)."""
+    """Whether it is torch's AdamW without `amsgrad` and `maximize`, with one pair of betas (numbers, the first not 0).
+
+    Or such an Adam without weight decay, which would go into the moments.
+    """
     groups = optimizer.param_groups
     return (
         type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         and not any(group["amsgrad"] or group["maximize"] for group in groups)
+        and all(group["decoupled_weight_decay"] or not group["weight_decay"] for group in groups)
         and all(isinstance(beta, float) for beta in groups[0]["betas"])
+        and groups[0]["betas"][0] > 0
         and all(group["betas"] == groups[0]["betas"] for group in groups)
     )
 

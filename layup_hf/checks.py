@@ -181,11 +181,8 @@ def check_runtime(trainer: Any) -> None:
         raise ValueError(cannot_skip(f"optim={args.optim.value!r}"))
     if chooses and getattr(args, "second_moment", "auto") == "mean" and args.optim not in _TORCH_ADAMW:
         raise ValueError(cannot_step_by_mean(f"optim={args.optim.value!r}"))
-    if getattr(args, "nesterov", "auto") == "on":
-        if chooses and args.optim not in _TORCH_ADAMW:
-            raise ValueError(cannot_look_ahead(f"optim={args.optim.value!r}"))
-        if trainer.accelerator.scaler is not None:
-            raise ValueError(cannot_look_ahead("`fp16`"))
+    if chooses and getattr(args, "nesterov", "auto") == "on" and args.optim not in _TORCH_ADAMW:
+        raise ValueError(cannot_look_ahead(f"optim={args.optim.value!r}"))
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
@@ -227,19 +224,18 @@ def cannot_skip(optimizer: str) -> str:
 
 def cannot_step_by_mean(optimizer: str) -> str:
     """Why this optimizer cannot have the mean's second moment, and what to do."""
-    return (
-        f"`second_moment='mean'` and {optimizer} exclude each other: it needs torch's Adam or AdamW without `amsgrad` "
-        "and `maximize`, with one pair of betas. Use `optim='adamw_torch'`, or leave `second_moment` at 'auto'."
-    )
+    return f"`second_moment='mean'` and {optimizer} exclude each other: {_PLAIN}, or leave `second_moment` at 'auto'."
 
 
-def cannot_look_ahead(what: str) -> str:
-    """Why this cannot be combined with Nesterov's momentum, and what to do."""
-    return (
-        f"`nesterov='on'` and {what} exclude each other: it needs torch's AdamW without `amsgrad` and `maximize`, with "
-        "one pair of betas (or such an Adam without weight decay), and gradients that are always finite. Use "
-        "`optim='adamw_torch'` and `bf16` or fp32, or leave `nesterov` at 'auto'."
-    )
+def cannot_look_ahead(optimizer: str) -> str:
+    """Why this optimizer cannot step by Nesterov's momentum, and what to do."""
+    return f"`nesterov='on'` and {optimizer} exclude each other: {_PLAIN}, or leave `nesterov` at 'auto'."
+
+
+_PLAIN = (
+    "it needs torch's AdamW without `amsgrad` and `maximize`, with one pair of betas, of which the first is not 0 (or "
+    "such an Adam without weight decay). Use `optim='adamw_torch'`"
+)
 
 
 def check_data(dataset: Any, args: TrainingArguments) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +32,7 @@ class _Part:
         noise: Running mean of its square, before correction for the beginning; one number for each row.
         steps: Own steps since this was opened.
         covered: Those of them that the running mean is of.
-        kept: What is kept of the second moment during a step; one number for each row. Empty before the first
-            measurement.
-        given_back: What is given back after it: `beta2 * (1 - kept)`.
+        lengths: By what steps are longer; one number for each row. None before the first measurement.
     """
 
     first: list[Tensor]
@@ -45,12 +42,11 @@ class _Part:
     noise: list[Tensor]
     steps: int = 0
     covered: int = 0
-    kept: list[Tensor] = field(default_factory=list)
-    given_back: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] | None = None
 
 
 class MeanMoments:
-    """Takes the noise out of AdamW's second moments that the mean gradient of the workers would not have.
+    """Finds by how much the noise of a worker's own gradients makes AdamW's steps too short.
 
     AdamW divides by the root of the mean square of the gradient. Of a worker's own gradient that is `s^2 + n^2`, with s
     what the batches of all workers share and n their noise; of the mean gradient of M workers, which DDP's AdamW sees,
@@ -66,11 +62,10 @@ class MeanMoments:
     In every one of the first hundred own steps, and in every eighth after that, the first moments that one peer on this
     host, drawn at random, has of a block are read in place, and a running mean with AdamW's own beta2 is kept of what
     they say. It is kept by row (the first axis of a parameter; of a vector there is one), which takes next to no
-    memory. While the optimizer steps, the second moment is multiplied by `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, and given
-    back afterwards what was taken, so that it stays what AdamW makes of it. M counts the workers on this host. (If a
-    GradScaler lets the optimizer skip the step, `1 - beta2` of what was taken stays taken.)
+    memory. With the second moment times `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, a step would be as the mean gradient's, so
+    it is to be longer by the inverse root of that: see `Direction`. M counts the workers on this host.
 
-    It needs torch's Adam or AdamW, see `is_plain_adam`. Make it with `MeanMoments.open`.
+    It needs torch's AdamW, see `is_plain_adam`. Make it with `MeanMoments.open`.
 
     Args:
         parts: By the block's index.
@@ -134,29 +129,25 @@ class MeanMoments:
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         return cls(parts, windows, peers, (beta1, beta2), f"{seed}/{rank}")
 
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def stepping(self, block: Block) -> Iterator[None]:
-        """While the optimizer steps the block, its second moments are those of the mean gradient."""
+    def lengths(self, block: Block) -> list[Tensor] | None:
+        """By what the step that the block is about to make is to be longer than AdamW's; to be asked once a step.
+
+        Returns:
+            Of each parameter one number for each row, to be multiplied with it; None where nothing is known.
+        """
         part = self._parts.get(block.index)
         if part is None or not self._peers:
-            yield
-            return
+            return None
         is_turn = part.steps < MEASURED_AT_FIRST or (part.steps + block.index) % MEASURE_EVERY == 0
         if part.age and is_turn:
             self._measure(part)
         part.age += 1
         part.steps += 1
-        if not part.kept:
-            yield
-            return
-        taken = torch._foreach_mul(part.second, part.given_back)
-        torch._foreach_mul_(part.second, part.kept)
-        yield
-        torch._foreach_add_(part.second, taken)
+        return part.lengths
 
+    @torch.no_grad()
     def _measure(self, part: _Part) -> None:
-        """Compare with a peer, and say what is to be kept from here on. Nothing waits for the device."""
+        """Compare with a peer. Nothing waits for the device."""
         beta1, beta2 = self._betas
         new = max(part.steps - part.covered, 1)
         part.covered += new
@@ -169,9 +160,9 @@ class MeanMoments:
         torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
         ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
         torch._foreach_clamp_max_(ratios, 1.0)
-        torch._foreach_mul_(ratios, share)
-        part.kept = [(1 - ratio).to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)]
-        part.given_back = [beta2 * (1 - kept) for kept in part.kept]
+        part.lengths = [
+            (1 - share * ratio).rsqrt().to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)
+        ]
 
     @property
     def has_peers(self) -> bool:
@@ -212,12 +203,25 @@ def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float
         age: Steps that they are means of; f is what such a mean has left of independent noise.
     """
     left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * age)) / (1 - beta1**2)
-    squares = [by_row(difference.float().square()) for difference in torch._foreach_sub(mine, theirs)]
+    squares = [by_row_of_square(m - t) for m, t in zip(mine, theirs, strict=True)]
     torch._foreach_div_(squares, 2 * left)
     return squares
 
 
 def by_row(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first, which stay with length 1; of a vector or a number, over all of it."""
-    axes = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
-    return tensor.float().mean(dim=axes, keepdim=True) if axes else tensor.float().mean()  # never the tensor itself
+    axes = _within_row(tensor)
+    return tensor.mean(axes, keepdim=True, dtype=torch.float32) if axes else tensor.float().clone()
+
+
+def by_row_of_square(tensor: Tensor) -> Tensor:
+    """`by_row` of the square, in one pass."""
+    axes = _within_row(tensor)
+    if not axes:
+        return tensor.float().square()
+    norms = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=torch.float32)
+    return norms.square_().mul_(norms.numel() / max(tensor.numel(), 1))
+
+
+def _within_row(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(range(1 if tensor.dim() > 1 else 0, tensor.dim()))

@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         before_step: Called first by `step()`, if set; completes the blocks that backward left incomplete.
         take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
             Unset, `step_block` alone.
+        around_step: What belongs around the inner optimizer's step of a block, if set.
         keeps_gradients: Whether a block that has been stepped keeps its gradients until `zero_grad()`.
         scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
             not finite does not step; the scaler learns of it. Nothing is synchronised.
@@ -49,6 +51,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.inner = inner
         self.before_step: Callable[[], None] | None = None
         self.take_block: Callable[[Block], None] | None = None
+        self.around_step: Callable[[Block], AbstractContextManager[None]] | None = None
         self.keeps_gradients = False
         self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
@@ -114,7 +117,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         inner.param_groups = views
         vars(inner).update({name: OrderedDict() for name in hooks})
         try:
-            inner.step()
+            with contextlib.nullcontext() if self.around_step is None else self.around_step(block):
+                inner.step()
         finally:
             inner.param_groups = groups
             vars(inner).update(hooks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .adam import is_plain_adam
 from .bias import GradientBias
 from .blocks import Block, split_into_blocks
 from .checks import cannot_look_ahead, cannot_skip
 from .clipping import BlockClipper
 from .compiling import CompiledLayers, compile_options, nothing_compiled
+from .direction import Direction
 from .gossip import GossipEngine
 from .hooks import BlockHooks
 from .membership import Membership
 from .moments import MeanMoments
-from .nesterov import Nesterov, can_look_ahead
 from .optimizer import BlockOptimizer
 from .report import RunFacts
 
@@ -40,7 +40,7 @@ class BlockSteps:
     _membership: Membership | None = None
     _bias: GradientBias | None = None
     _moments: MeanMoments | None = None
-    _nesterov: Nesterov | None = None
+    _direction: Direction | None = None
     _facts: RunFacts | None = None
 
     def _may_exchange(self) -> bool:
@@ -91,8 +91,9 @@ class BlockSteps:
             self._blocks, self.args.max_grad_norm or 0.0, self.args.device, skips_overflow=scaler is not None
         )
 
-        self._nesterov = self._look_ahead()
-        self._facts = replace(self._facts, looks_ahead=self._nesterov is not None)
+        self._direction = self._choose_direction()
+        looks_ahead = self._direction is not None and self._direction.looks_ahead
+        self._facts = replace(self._facts, looks_ahead=looks_ahead)
         bias_every = getattr(self.args, "bias_every", 0)
         self._bias = bias = GradientBias(self.model, bias_every) if bias_every else None
 
@@ -120,8 +121,7 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with self._engine.holding(block) if self._engine is not None else contextlib.nullcontext():
-                with self._adjusting(block):
-                    optimizer.step_block(block)
+                optimizer.step_block(block)
                 if exchanges():  # not after a freeze, before it is known whether the others do without this worker
                     self._engine.offer(block)
 
@@ -132,30 +132,33 @@ class BlockSteps:
             is_synchronizing=lambda: self.accelerator.sync_gradients,
         ).install()
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
+        optimizer.around_step = self._directing if self._direction is not None else None
         if (options := compile_options(self.accelerator)) is not None:
             self._layers = CompiledLayers(self._blocks, options)
             logger.info(f"{len(self._layers)} layers are compiled one by one; what is in no layer is not compiled.")
 
-    def _look_ahead(self) -> Nesterov | None:
-        wanted = getattr(self.args, "nesterov", "auto")
-        if wanted == "off" or (wanted == "auto" and not self._goes_by_clock):
-            return None
-        optimizer, scaler = self._block_optimizer.inner, self.accelerator.scaler
-        if can_look_ahead(optimizer) and scaler is None:
-            logger.info("The optimizer steps by Nesterov's momentum.")
-            return Nesterov(self._blocks, optimizer)
-        if wanted == "on":
-            raise ValueError(cannot_look_ahead(type(optimizer).__name__ if scaler is None else "`fp16`"))
-        return None
+    def _choose_direction(self) -> Direction | None:
+        """What AdamW is to step by; None where that is as AdamW has it, or the optimizer is another.
 
-    @contextlib.contextmanager
-    def _adjusting(self, block: Block) -> Iterator[None]:
-        """While the optimizer steps the block, its moments are what suits a worker among others."""
-        with contextlib.ExitStack() as stack:
-            for part in (self._moments, self._nesterov):
-                if part is not None:
-                    stack.enter_context(part.stepping(block))
-            yield
+        Raises:
+            ValueError: It is to look ahead and cannot.
+        """
+        optimizer, wanted = self._block_optimizer.inner, getattr(self.args, "nesterov", "auto")
+        if not is_plain_adam(optimizer):
+            if wanted == "on":
+                raise ValueError(cannot_look_ahead(type(optimizer).__name__))
+            return None
+        looks_ahead = wanted == "on" or (wanted == "auto" and self._goes_by_clock)
+        if looks_ahead:
+            logger.info("The optimizer steps by Nesterov's momentum.")
+        if not looks_ahead and self._moments is None:
+            return None
+        return Direction(self._blocks, optimizer, looks_ahead=looks_ahead)
+
+    def _directing(self, block: Block) -> contextlib.AbstractContextManager[None]:
+        """Around the optimizer's step of a block."""
+        lengths = self._moments.lengths(block) if self._moments is not None else None
+        return self._direction.stepping(block, lengths)
 
     def _stop_block_steps(self) -> None:
         if self._hooks is not None:
@@ -163,7 +166,8 @@ class BlockSteps:
         if self._layers is not None:
             self._layers.remove()
         if self._block_optimizer is not None:  # nothing is to keep this trainer and its model alive
-            self._block_optimizer.before_step = self._block_optimizer.take_block = None
+            for name in ("before_step", "take_block", "around_step"):
+                setattr(self._block_optimizer, name, None)
         self._hooks = self._layers = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

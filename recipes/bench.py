@@ -58,6 +58,7 @@ def run_workers(options: argparse.Namespace, methods: str, rounds: int, *more: s
     """What every worker measured, one dict per worker, round and method."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--methods={methods}", f"--rounds={rounds}", f"--steps={options.steps}", f"--folder={folder}"]
+        arguments += [f"--skipped={options.skipped}"]
         arguments += [f"--batch_size={options.batch_size}", f"--block_size={options.block_size}"]
         arguments += [f"--config_overrides={options.config_overrides}", *(["--bf16"] if options.bf16 else []), *more]
         return measure("bench_worker.py", options.processes, arguments, Path(folder))
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--skipped", type=int, default=5, help="own steps at the beginning that do not count")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")

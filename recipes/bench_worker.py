@@ -24,8 +24,6 @@ from transformers.utils import logging
 
 from layup_hf import LayupConfig, LayupTrainer
 
-WARM_UP = 5  # steps not counted: allocator, caches, the optimizer's first state
-
 
 class AloneTrainer(LayupTrainer):
     """Every worker for itself, with the Trainer's loop: what LayUp would be if communication cost nothing."""
@@ -78,6 +76,7 @@ METHODS = {
     "meeting": MeetingTrainer,
 }
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "alone": {"nesterov": "off"},  # AdamW as it is with one worker
     "logging": {"logging_steps": 1},
     "meeting": {"eval_strategy": "steps", "eval_steps": 5},
 }
@@ -85,14 +84,19 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 class Stopwatch(TrainerCallback):
-    """Notes when each of this worker's own steps ended."""
+    """Notes when each of this worker's own steps ended.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: On which the steps are made.
+        skipped: Steps at the beginning that do not count: allocator, caches, the optimizer's first state.
+    """
+
+    def __init__(self, device: torch.device, skipped: int = 5) -> None:
         self.times: list[float] = []
-        self.device = device
+        self.device, self.skipped = device, skipped
 
     def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
-        if len(self.times) in (0, WARM_UP) and self.device.type == "cuda":
+        if len(self.times) in (0, self.skipped) and self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
@@ -104,7 +108,7 @@ class Stopwatch(TrainerCallback):
     @property
     def median_step(self) -> float:
         """Seconds from one step to the next, without the first steps."""
-        return statistics.median(b - a for a, b in itertools.pairwise(self.times[WARM_UP:]))
+        return statistics.median(b - a for a, b in itertools.pairwise(self.times[self.skipped :]))
 
 
 class PeakMemory:
@@ -166,6 +170,7 @@ def main() -> None:
     parser.add_argument("--methods", required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--skipped", type=int, required=True)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--block_size", type=int, required=True)
     parser.add_argument("--config_overrides", default="")
@@ -186,7 +191,7 @@ def main() -> None:
         for method in options.methods.split(","):
             state.wait_for_everyone()
             with PeakMemory(state.device, options.memory) as memory:
-                stopwatch = Stopwatch(state.device)
+                stopwatch = Stopwatch(state.device, options.skipped)
                 common = dict(
                     output_dir=options.folder,
                     use_cpu=state.device.type == "cpu",
@@ -213,7 +218,7 @@ def main() -> None:
                 )
                 trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            times = stopwatch.times[WARM_UP:]
+            times = stopwatch.times[options.skipped :]
             result = {
                 "rank": state.process_index,
                 "round": turn,

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import Block
-from layup_hf.nesterov import Nesterov
+from layup_hf.direction import Direction
 
 POWERSGD_RANK = 4
 
@@ -101,8 +101,9 @@ class LookingAhead(TrainerCallback):
         if state.global_step == 0:
             parameters = tuple(p for group in optimizer.param_groups for p in group["params"])
             self.model = Block(0, "model", (), parameters, (), ())
-            self.nesterov = Nesterov([self.model], getattr(optimizer, "optimizer", optimizer))
-        self.step = self.nesterov.stepping(self.model)
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.direction = Direction([self.model], inner, looks_ahead=True)
+        self.step = self.direction.stepping(self.model)
         self.step.__enter__()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

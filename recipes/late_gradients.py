@@ -10,7 +10,7 @@ there are workers each begins its next gradient at once.
 
 Masses and weights are those of `layup_hf.mixing`, every worker offers to all others, merges before its forward and
 before its step, and steps by an AdamW with the second moment of the mean gradient (`layup_hf.moments`), with and
-without Nesterov's momentum (`layup_hf.nesterov`). The whole model is one block. DDP's AdamW sees the mean gradient.
+without Nesterov's momentum (`layup_hf.direction`). The whole model is one block. DDP's AdamW sees the mean gradient.
 
 Prints held-out losses at equal samples and writes `late-gradients.json` into `--folder`; goes on where it was stopped.
 """

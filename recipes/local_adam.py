@@ -82,7 +82,7 @@ class Moments:
         Args:
             rule: See the module.
             workers: Their number.
-            looks_ahead: By Nesterov's momentum, as `layup_hf.nesterov`.
+            looks_ahead: By Nesterov's momentum, as `layup_hf.direction`.
         """
         steps = []
         for number, (first, second) in enumerate(zip(self.first, self.second, strict=True)):

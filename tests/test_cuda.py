@@ -7,6 +7,7 @@ from stock import BOTH, arguments, gpt2, same, text
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import split_into_blocks
+from layup_hf.direction import Direction
 from layup_hf.moments import MeanMoments
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -58,15 +59,16 @@ def test_comparing_moments_does_not_make_the_processor_wait(monkeypatch):
     monkeypatch.setattr(moments._windows, "read", lambda peer, block: theirs[block])
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
+    direction = Direction(blocks, optimizer, looks_ahead=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             for block in blocks:
-                with moments.stepping(block):
+                with direction.stepping(block, moments.lengths(block)):
                     pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(part.kept for part in moments._parts.values())
+    assert all(part.lengths for part in moments._parts.values())
 
 
 def test_layers_are_compiled_by_inductor(tmp_path):

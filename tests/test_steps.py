@@ -192,10 +192,19 @@ def test_fp16_without_a_scaler_is_refused_at_construction(tmp_path):
         LayupTrainer(model=gpt2(), args=arguments(tmp_path, fp16=True), train_dataset=text())
 
 
-def test_the_optimizer_does_not_look_ahead_where_the_loss_is_scaled(tmp_path):
-    """A gradient that is not finite would stay in its first moments."""
-    with pytest.raises(ValueError, match=r"`nesterov='on'` and `fp16` exclude each other"):
-        train(scaling(LayupTrainer), tmp_path, nesterov="on")
+@pytest.mark.parametrize("clip", ["estimate", "exact"])
+def test_the_optimizer_looks_ahead_also_where_the_loss_is_scaled(tmp_path, clip):
+    """A gradient that is not finite does not stay in its first moments."""
+    options = {"max_grad_norm": 0.0, "nesterov": "on", "clip": clip}
+    scaled = train(scaling(LayupTrainer, [(2, "h.1.attn")]), tmp_path, **options)
+    plain = train(LayupTrainer, tmp_path, **options)
+    moments = [state["exp_avg"] for state in scaled.optimizer.state.values()]
+    assert all(bool(torch.isfinite(moment).all()) for moment in moments)
+    assert scaled.scales[3] == scaled.scales[2] / 2
+    assert not same(scaled.model, plain.model)  # one step less
+    once = train(scaling(LayupTrainer), tmp_path, **options)
+    assert logged(once, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-3)
+    assert logged(once, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-2)
 
 
 # ---- Compiled layers ----

@@ -14,14 +14,14 @@ from layup_hf import LayupTrainer
 
 
 class Watch(TrainerCallback):
-    """Sees what is kept of second moments, and what a peer shows of its first ones."""
+    """Sees by what steps are longer, and what a peer shows of its first moments."""
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         moments = self.trainer._moments
         if moments is not None:
             parts = moments._parts.values()
-            kept = [float(k.mean()) for part in parts for k in part.kept]
-            self.kept = sum(kept) / len(kept) if kept else None
+            lengths = [float(length.mean()) for part in parts for length in part.lengths or ()]
+            self.length = sum(lengths) / len(lengths) if lengths else None
             self.first = [float(tensor.norm()) for part in parts for tensor in part.first]
             read = [moments._windows.read(moments._peers[0], part.theirs) for part in parts]
             self.theirs = [float(tensor.norm()) for tensors in read for tensor in tensors]
@@ -42,11 +42,11 @@ def run_case(options):
     except ValueError as error:
         return {**result, "failure": str(error)}
     names = {name for state in trainer.optimizer.state.values() for name in state}
-    result["looks_ahead"] = trainer._nesterov is not None
+    result["looks_ahead"] = trainer._direction is not None and trainer._direction.looks_ahead
     result["ahead_in_card"] = trainer._facts.looks_ahead
     result["same"] = same_everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return {**result, "state": sorted(names), "closed": trainer._moments is None} | {
-        name: getattr(watch, name, None) for name in ("kept", "first", "theirs")
+        name: getattr(watch, name, None) for name in ("length", "first", "theirs")
     }
 
 
