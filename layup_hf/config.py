@@ -92,14 +92,14 @@ class LayupOptions:
         metadata={
             "help": "What AdamW's second moment is of: `mean`: the mean gradient of the workers on this host, as with "
             "DDP, estimated without adding them up; `own`: this worker's gradient; `auto`: `mean` where the optimizer "
-            "is torch's Adam or AdamW and peers share this host's memory."
+            "is torch's AdamW and peers share this host's memory."
         },
     )
     nesterov: str = field(
         default="auto",
         metadata={
             "help": "Whether AdamW steps by Nesterov's momentum, which makes up for gradients that come late: `on`, "
-            "`off`, or `auto`: with several workers, where the optimizer is torch's AdamW and the loss is not scaled."
+            "`off`, or `auto`: with several workers, where the optimizer is torch's AdamW."
         },
     )
     straggler: str | None = field(
