@@ -30,9 +30,9 @@ class Direction:
 
         c (1 - l) m + (c (1 - beta1 + beta1 l) - (1 - beta1)) / beta1 g
 
-    from which its step makes `c (m' + l (g - m'))` of the m' that its step would have made of m. It has room in memory
-    for the time of a block's step; on a CPU, where memory that is new costs as much as the step, in one place that is
-    as large as the largest block. Peers that read m meanwhile (`MeanMoments`) never see anything else.
+    of which its step makes `c (m' + l (g - m'))`, with m' what it would have made of m. The other is in memory while a
+    block steps; on a CPU, where new memory costs as much as the step, all the time and in one place, as large as the
+    largest block. Peers that read m meanwhile (`MeanMoments`) never see the other.
 
     If a GradScaler lets the optimizer skip the step on the device, moments stay, too.
 
@@ -49,7 +49,7 @@ class Direction:
         self.looks_ahead = looks_ahead
         self._optimizer = optimizer
         self._ages = {block.index: age_of(optimizer, block.parameters[0]) for block in blocks if block.parameters}
-        self._room: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._room: dict[torch.dtype, Tensor] = {}
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -70,19 +70,10 @@ class Direction:
         stepped = list(itertools.compress(block.parameters, is_stepped))
         states, gradients = [self._optimizer.state[p] for p in stepped], [p.grad for p in stepped]
         first = [state["exp_avg"] for state in states]
-        ahead = self._make_room(first)
+        if lengths is not None:
+            lengths = list(itertools.compress(lengths, is_stepped))
         with self._unscaled(first, gradients):
-            if lengths is None:
-                for m, g, a in zip(first, gradients, ahead, strict=True):
-                    torch.lerp(m, g, lead, out=a)
-            else:
-                lengths = list(itertools.compress(lengths, is_stepped))
-                of_first = torch._foreach_mul(lengths, 1 - lead)
-                of_gradient = torch._foreach_mul(lengths, (1 - beta1 + beta1 * lead) / beta1)
-                torch._foreach_sub_(of_gradient, (1 - beta1) / beta1)
-                for m, c, a in zip(first, of_first, ahead, strict=True):
-                    torch.mul(m, c, out=a)
-                torch._foreach_addcmul_(ahead, gradients, of_gradient)
+            ahead = self._ahead(first, gradients, lead, lengths, beta1)
             for state, a in zip(states, ahead, strict=True):
                 state["exp_avg"] = a
             try:
@@ -92,22 +83,40 @@ class Direction:
                     state["exp_avg"] = m
         torch._foreach_lerp_(first, gradients, 1 - beta1)
 
-    def _make_room(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like these, with anything in them."""
-        if tensors[0].device.type != "cpu":  # where an allocator keeps memory at hand
-            return [torch.empty_like(tensor) for tensor in tensors]
-        used: dict[tuple[torch.dtype, torch.device], int] = {}
-        places = []
+    def _ahead(
+        self, first: list[Tensor], gradients: list[Tensor], lead: float, lengths: list[Tensor] | None, beta1: float
+    ) -> list[Tensor]:
+        """What AdamW is to take for its first moment; see the class."""
+        room = self._room_for(first)
+        if lengths is None:
+            if room is None:
+                return torch._foreach_lerp(first, gradients, lead)
+            return [torch.lerp(m, g, lead, out=a) for m, g, a in zip(first, gradients, room, strict=True)]
+        of_first = torch._foreach_mul(lengths, 1 - lead)
+        of_gradient = torch._foreach_mul(lengths, (1 - beta1 + beta1 * lead) / beta1)
+        torch._foreach_sub_(of_gradient, (1 - beta1) / beta1)
+        if room is None:
+            ahead = torch._foreach_mul(first, of_first)
+        else:
+            ahead = [torch.mul(m, c, out=a) for m, c, a in zip(first, of_first, room, strict=True)]
+        torch._foreach_addcmul_(ahead, gradients, of_gradient)
+        return ahead
+
+    def _room_for(self, tensors: list[Tensor]) -> list[Tensor] | None:
+        """Tensors like these on the CPU, with anything in them, where the last block's were. None on other devices."""
+        if tensors[0].device.type != "cpu":  # an allocator keeps memory at hand there
+            return None
+        used: dict[torch.dtype, int] = {}
+        offsets = []
         for tensor in tensors:
-            kind = (tensor.dtype, tensor.device)
-            places.append((kind, used.get(kind, 0)))
-            used[kind] = used.get(kind, 0) + tensor.numel()
-        for kind, count in used.items():
-            if kind not in self._room or self._room[kind].numel() < count:
-                self._room[kind] = torch.empty(count, dtype=kind[0], device=kind[1])
+            offsets.append(used.get(tensor.dtype, 0))
+            used[tensor.dtype] = offsets[-1] + tensor.numel()
+        for dtype, count in used.items():
+            if dtype not in self._room or self._room[dtype].numel() < count:
+                self._room[dtype] = torch.empty(count, dtype=dtype)
         return [
-            self._room[kind].as_strided(tensor.size(), tensor.stride(), offset)
-            for tensor, (kind, offset) in zip(tensors, places, strict=True)
+            self._room[tensor.dtype].as_strided(tensor.size(), tensor.stride(), offset)
+            for tensor, offset in zip(tensors, offsets, strict=True)
         ]
 
     @contextlib.contextmanager

@@ -28,10 +28,10 @@ def soak(options: argparse.Namespace) -> None:
     from hosts import worker_arguments, write
 
     arguments = [
-        *worker_arguments(options, options.methods[:1]),
         *(f"--minutes={options.minutes}", f"--sample_seconds={min(SAMPLE_SECONDS, options.minutes)}"),
         *("--max_steps=100000000", "--lr_scheduler_type=constant", "--logging_steps=200", "--eval_strategy=steps"),
         *("--eval_steps=2000", "--save_strategy=steps", "--save_steps=4000", "--save_total_limit=1"),
+        *worker_arguments(options, options.methods[:1]),  # last, so that options of the command line count
     ]
     with Lab(options.hosts, options.rates[0]) as lab, tempfile.TemporaryDirectory() as folder:
         run = HostsRun(lab, Path(folder), "train", arguments)
