@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch.distributed import Store
 from transformers.utils import logging
 
+from .joining import Requests, answer, answer_to, ask_to_join
 from .keeper import BEATS, WORKERS
-from .network import is_signed, sign
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ class Membership:
         self._failure: Exception | None = None
         self._silent_since: float | None = None
         self.applicants: list[str] = []
-        self._requests_read = 0
+        self._requests = Requests(token)
         self._is_counted = False  # among those that are there and will end
         self._register()
         atexit.register(self._count_out)
@@ -164,7 +164,7 @@ class Membership:
         if self.member not in era.roster:
             raise Fenced
         for member in era.joined:
-            store.set(f"admitted/{member}", str(number))
+            answer(store, member, str(number))
         return era
 
     def apply(self) -> Era:
@@ -177,19 +177,15 @@ class Membership:
         if not self._alive([self.member]):
             self._register()
         store, member = self._store, self.member
-        proof = sign(self._token, b"join", member.encode()).hex()
-        store.set(f"request/{store.add('requests', 1)}", json.dumps([member, proof]))
-        while not store.check([f"admitted/{member}"]):
+        ask_to_join(store, self._token, member)
+        while (number := answer_to(store, member)) is None:
             self.check()
             if not self._alive([member]):
                 return self.apply()  # it was frozen meanwhile
             if store.add(WORKERS, 0) <= 1:
                 raise ConnectionError("The job has ended before this worker could join it.")
             time.sleep(_POLL)
-        answer = store.get(f"admitted/{member}").decode()
-        if not answer.isdigit():
-            raise ValueError(answer)
-        return self._read_era(int(answer))
+        return self._read_era(number)
 
     def _alive(self, members: Sequence[str]) -> list[str]:
         if not members:
@@ -269,7 +265,7 @@ class Membership:
             era, member = self.era, self.member
         store.set(f"beat/{member}", str(beat))
         store.add(BEATS, 1)
-        self._read_requests(store)
+        self.applicants = [*self.applicants, *self._requests.new(store)]
         roster = era.roster if era is not None else (member,)
         watched = (*roster, *(other for other in self.applicants if other not in roster))
         values = store.multi_get([f"{key}/{other}" for key in ("beat", "state") for other in watched])
@@ -308,31 +304,6 @@ class Membership:
         if self._control.compare_set(f"state/{other}", _ALIVE, mine).decode() == mine:
             self._control.add(WORKERS, -1)
         return True
-
-    def _read_requests(self, store: Store) -> None:
-        """Note who has asked to join, and refuse who does not know the token."""
-        while self._requests_read < store.add("requests", 0):
-            key = f"request/{self._requests_read + 1}"
-            if not store.check([key]):
-                return  # it is just being written
-            self._requests_read += 1
-            member = self._proven(store.get(key))
-            if member is not None and not store.check([f"admitted/{member}"]):
-                self.applicants = [*self.applicants, member]
-
-    def _proven(self, request: bytes) -> str | None:
-        """The member that makes a request, if it is one."""
-        try:
-            member, proof = json.loads(request)
-            if is_signed(self._token, bytes.fromhex(proof), b"join", member.encode()):
-                return member
-            self._control.set(
-                f"admitted/{member}", "This worker has another secret than the job: set LAYUP_TOKEN to the job's."
-            )
-        except (ValueError, TypeError, AttributeError):
-            pass
-        logger.warning("A request to join was refused: who made it does not know the job's LAYUP_TOKEN.")
-        return None
 
 
 def now() -> float:

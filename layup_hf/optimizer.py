@@ -8,13 +8,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blocks import Block
+from .shares import Share
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -79,10 +79,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _held(self, parameter: Tensor) -> list[tuple[str, Any]]:
         return list(self.inner.state[parameter].items()) if parameter in self.inner.state else []
 
-    def _share_groups(self) -> list[list[_Share]]:
+    def _share_groups(self) -> list[list[Share]]:
         """Each block's part of each parameter group."""
         block_of = {id(parameter): block.index for block in self._blocks for parameter in block.parameters}
-        shares: list[dict[int, _Share]] = [{} for _ in self._blocks]
+        shares: list[dict[int, Share]] = [{} for _ in self._blocks]
         for number, group in enumerate(self.inner.param_groups):
             for parameter in group["params"]:
                 index = block_of.get(id(parameter))
@@ -92,7 +92,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                         "frozen, or not the model's. Give the optimizer only parameters of the model with "
                         "`requires_grad=True`."
                     )
-                shares[index].setdefault(number, _Share(number, [])).params.append(parameter)
+                shares[index].setdefault(number, Share(number, [])).params.append(parameter)
         return [list(groups.values()) for groups in shares]
 
     def step_block(self, block: Block) -> None:
@@ -221,41 +221,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
 
 
-@dataclass
-class _Share:
-    """One block's part of one parameter group.
-
-    Some optimizers count their steps among the options of a group. Each block then counts for itself: `own` has the
-    options that a step changes. It is None before the first step, which shows which these are.
-    """
-
-    group: int
-    params: list[Tensor]
-    own: dict[str, Any] | None = None
-
-    def view(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group as the optimizer is to see it when it steps this block."""
-        if self.own is None:  # a tensor may be counted up in place
-            group = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-        return {**group, **(self.own or {}), "params": self.params}
-
-    def keep(self, group: dict[str, Any], view: dict[str, Any], optimizer: str) -> None:
-        """Keep what the step has changed in `view`.
-
-        Raises:
-            ValueError: It is not a number or the like, but the state of parameters.
-        """
-        if self.own is None:
-            before, after = _snapshot(group), _snapshot(view)
-            self.own = {key: None for key in after if key not in before or after[key] != before[key]}
-        self.own = {key: view[key] for key in self.own}
-        if any(not isinstance(value, bool | int | float | str | Tensor | None) for value in self.own.values()):
-            raise ValueError(
-                f"{optimizer} keeps the state of its parameters in its parameter groups ({', '.join(self.own)}), which "
-                "cannot be stepped block by block. Choose another `optim`, such as adamw_torch."
-            )
-
-
 class _ScaledBlock:
     """One block, as an optimizer of its own to a GradScaler, which then checks and skips it without the others."""
 
@@ -277,12 +242,6 @@ class _ScaledBlock:
 
 def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
-
-
-def _snapshot(group: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group, comparable; tensors as numbers, since they may be changed in place."""
-    options = {key: value for key, value in group.items() if key != "params"}
-    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()}
 
 
 def _forget_positions(optimizer: torch.optim.Optimizer) -> None:

@@ -74,7 +74,7 @@ def test_what_is_no_request_is_passed_over(job, request_):
     (member,) = job.begin(1)
     job.store.set("request/1", request_)
     job.store.add("requests", 1)
-    wait_until(lambda: member._requests_read == 1, "it is read")
+    wait_until(lambda: member._requests._read == 1, "it is read")
     outcome = apply(job.add())
     wait_until(lambda: member.applicants, "the next one is read")
     assert member.is_current()
