@@ -79,6 +79,7 @@ def draw(results: Results, file: Path) -> None:
     """Loss over seconds at each rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rates = list(dict.fromkeys(result["rate"] for result in results))
     figure = Figure(figsize=(4.5 * len(rates), 4), layout="constrained")
@@ -90,6 +91,9 @@ def draw(results: Results, file: Path) -> None:
                 line = axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3)[0]
                 line.set_label(f"{NAMES[method]}, {run['learning_rate']:g}" if number == 0 else "_")
         axes.set(xscale="log", xlabel="seconds", ylabel="held-out loss (nats per token)", title=rate)
+        axes.xaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=110)
