@@ -222,6 +222,12 @@ def cannot_skip(optimizer: str) -> str:
     )
 
 
+_PLAIN = (
+    "it needs torch's AdamW without `amsgrad` and `maximize`, with one pair of betas, of which the first is not 0 (or "
+    "such an Adam without weight decay). Use `optim='adamw_torch'`"
+)
+
+
 def cannot_step_by_mean(optimizer: str) -> str:
     """Why this optimizer cannot have the mean's second moment, and what to do."""
     return f"`second_moment='mean'` and {optimizer} exclude each other: {_PLAIN}, or leave `second_moment` at 'auto'."
@@ -230,12 +236,6 @@ def cannot_step_by_mean(optimizer: str) -> str:
 def cannot_look_ahead(optimizer: str) -> str:
     """Why this optimizer cannot step by Nesterov's momentum, and what to do."""
     return f"`nesterov='on'` and {optimizer} exclude each other: {_PLAIN}, or leave `nesterov` at 'auto'."
-
-
-_PLAIN = (
-    "it needs torch's AdamW without `amsgrad` and `maximize`, with one pair of betas, of which the first is not 0 (or "
-    "such an Adam without weight decay). Use `optim='adamw_torch'`"
-)
 
 
 def check_data(dataset: Any, args: TrainingArguments) -> None:

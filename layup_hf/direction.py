@@ -26,7 +26,8 @@ class Direction:
 
     *Lengths* (c): see `MeanMoments`.
 
-    AdamW's own moments stay as it would have made them. While it steps a block, it is given another first moment,
+    AdamW's own moments stay as it would have made them (a fused kernel rounds otherwise). While it steps a block, it is
+    given another first moment,
 
         c (1 - l) m + (c (1 - beta1 + beta1 l) - (1 - beta1)) / beta1 g
 
@@ -127,8 +128,9 @@ class Direction:
             torch._foreach_div_(gradients, scale)
             self._optimizer.grad_scale = None
         if isinstance(found_inf, Tensor):  # then the optimizer changes nothing, and these gradients leave m as it is
+            skips = found_inf.to(first[0].device) > 0
             for m, g in zip(first, gradients, strict=True):
-                torch.where(found_inf.to(g.device) > 0, m, g, out=g)
+                torch.where(skips, m, g, out=g)
         try:
             yield
         finally:
