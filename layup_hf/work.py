@@ -62,13 +62,16 @@ class WorkSharing:
         return self._train_loader if isinstance(self._train_loader, SharedLoader | SharedStream) else None
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        if not is_training or not self._goes_by_clock:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if not is_training:
+            with _nothing_kept(self.accelerator):
+                return super()._get_dataloader(dataset, *args, **kwargs)
+        if not self._goes_by_clock:
+            return super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
         if not self._shares_batches:
             with _nothing_dispatched(self.accelerator):
-                return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+                return super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
         with _nothing_prepared(self.accelerator):
-            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            loader = super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
         rank, world_size = self.args.process_index, self._workers
         accumulation = self.args.gradient_accumulation_steps
         if isinstance(loader.dataset, IterableDataset):
@@ -217,6 +220,20 @@ def _nothing_prepared(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         del accelerator.prepare
+
+
+@contextlib.contextmanager
+def _nothing_kept(accelerator: Accelerator) -> Iterator[None]:
+    """Let `accelerator` forget the loaders that it prepares: each evaluation has a new one, and it would keep them all.
+
+    They are small, but each lies behind the large buffers of its evaluation, which the heap then cannot fill again: a
+    worker grew by 0.2 MiB with each evaluation (`recipes/hosts.py soak`).
+    """
+    known = len(accelerator._dataloaders)
+    try:
+        yield
+    finally:
+        del accelerator._dataloaders[known:]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ no multiple of the batch, accelerate fills the last batch up from the beginning 
 batch so filled. With several workers of the stock Trainer it is the same, which is compared bit for bit, too.
 """
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,8 @@ from evaluations import BATCH, EVALUATIONS, EVEN, ODD, Evaluation, completed, fl
 from launching import run
 from stock import arguments, gpt2
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+
+from layup_hf import LayupTrainer
 
 OPTIONS = [
     "--use_cpu",
@@ -124,3 +129,26 @@ def test_a_schedule_that_goes_by_the_metric_does_so_on_every_worker(workers):
 def test_the_sets_are_what_they_are_for():
     assert [len(EVEN) % (workers * BATCH) for workers in OTHERS] == [0, 0]
     assert all(len(ODD) % (workers * BATCH) % BATCH for workers in OTHERS)
+
+
+@pytest.mark.parametrize(("persistent", "made"), [(False, 6), (True, 2)])
+def test_a_loader_lives_no_longer_than_its_evaluation(persistent, made, tmp_path):
+    """The stock Trainer's lives as long as the trainer, so that the process grows with each evaluation."""
+    loaders = []
+
+    class Watching(LayupTrainer):
+        def _get_dataloader(self, *args, **kwargs):
+            loader = super()._get_dataloader(*args, **kwargs)
+            loaders.append(weakref.ref(loader))
+            return loader
+
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True} if persistent else {}
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, **options)
+    trainer = Watching(model=gpt2(), args=args, train_dataset=EVEN, eval_dataset=ODD)
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate() if persistent else trainer.predict(ODD)
+    gc.collect()
+    lives = [loader() is not None for loader in loaders]
+    assert len(loaders) == made
+    assert lives == [True] + [persistent] * (made - 2) + [True]  # that of training; of the latest callbacks know
