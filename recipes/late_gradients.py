@@ -4,13 +4,18 @@
 
 While a worker computes a gradient, others step. How many do depends on how many compute at the same time, and of eight
 workers on two cores only a few do; on eight GPUs all. So here one process plays all workers, with a model each, and
-lets a number of them compute at a time: a worker that has taken its turn begins its next gradient so early that the
-others which compute at the same time all step before it is ready. With 1 gradients are never late; with as many as
-there are workers each begins its next gradient at once.
+lets a number of them compute at a time: workers' steps follow each other at equal distances, and each begins its next
+one so early that the others which compute at the same time all step before it is through. With 1 gradients are never
+late; with as many as there are workers each begins its next gradient at once.
+
+Blocks are those of `layup_hf.blocks`, each read when forward comes to it and stepped when backward is through with it.
+Backward takes twice as long as forward, and a block as long as it has parameters, an output layer that is tied to the
+embeddings included. So the later a block comes in the model, the less late its gradient is. Beside it stands what
+reads and steps the whole model at one time: with `--whole`.
 
 Masses and weights are those of `layup_hf.mixing`, every worker offers to all others, merges before its forward and
 before its step, and steps by an AdamW with the second moment of the mean gradient (`layup_hf.moments`), with and
-without Nesterov's momentum (`layup_hf.direction`). The whole model is one block. DDP's AdamW sees the mean gradient.
+without Nesterov's momentum (`layup_hf.direction`). DDP's AdamW sees the mean gradient.
 
 Prints held-out losses at equal samples and writes `late-gradients.json` into `--folder`; goes on where it was stopped.
 """
@@ -24,20 +29,38 @@ from typing import Any
 
 import torch
 from local_adam import Moments, Task, Tensors, add_task_arguments, mean_of, rate_at, run_all
+from transformers import PreTrainedModel
 
+from layup_hf.blocks import split_into_blocks
 from layup_hf.mixing import UNIT, merge_weight, share
 
-NAMES = ("at_once", "looks_ahead", "learning_rate", "seed")
+NAMES = ("at_once", "looks_ahead", "whole", "learning_rate", "seed")
 DDP = 0  # workers that compute at the same time, in results of DDP
 
 
 class Replicas:
-    """The models of all workers, their masses and offers."""
+    """What all workers have of one block: values, masses, offers and moments.
 
-    def __init__(self, parameters: Tensors, workers: int) -> None:
+    Attributes:
+        begins: Where the block begins among all that forward computes, from 0 to 1.
+    """
+
+    def __init__(self, parameters: Tensors, workers: int, begins: float) -> None:
+        self.parameters, self.begins = parameters, begins
         self.values = [[p.detach().clone() for p in parameters] for _ in range(workers)]
+        self.optimizers = [Moments(parameters) for _ in range(workers)]
         self.own = [UNIT] * workers
         self.offers: dict[tuple[int, int], int] = {}  # units by sender and receiver
+
+    @property
+    def read_at(self) -> float:
+        """Part of a step's time after which forward comes to the block."""
+        return self.begins / 3
+
+    @property
+    def stepped_at(self) -> float:
+        """Part of a step's time after which backward is through with the block."""
+        return 1 - 2 / 3 * self.begins
 
     def untaken(self, worker: int) -> int:
         return sum(units for (sender, _), units in self.offers.items() if sender == worker)
@@ -50,6 +73,16 @@ class Replicas:
                 weight = merge_weight(units, self.own[worker], self.untaken(worker))
                 torch._foreach_lerp_(self.values[worker], self.values[sender], weight)
                 self.own[worker] += self.offers.pop((sender, worker))
+
+    def step(self, worker: int, gradient: Tensors, rate: float, looks_ahead: bool, draws: torch.Generator) -> None:
+        """By the worker's own optimizer, which compares its moments with those of another worker."""
+        optimizer = self.optimizers[worker]
+        optimizer.update(gradient)
+        others = [other for other in self.optimizers if other is not optimizer and other.steps]
+        if others:
+            optimizer.compare(others[int(torch.randint(len(others), (), generator=draws))])
+        change = optimizer.step("compared", len(self.values), looks_ahead)
+        torch._foreach_add_(self.values[worker], change, alpha=-rate)
 
     def offer(self, worker: int) -> None:
         """To everybody who has taken the last offer."""
@@ -68,14 +101,31 @@ class Replicas:
         ]
 
 
-def train(options: argparse.Namespace, at_once: int, looks_ahead: bool, peak_rate: float, seed: int) -> dict[str, Any]:
+def make_replicas(model: PreTrainedModel, workers: int, whole: bool) -> list[Replicas]:
+    """Of each block of the model, or of all of it as one."""
+    if whole:
+        return [Replicas(list(model.parameters()), workers, begins=0)]
+    embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    blocks = split_into_blocks(model)
+    # Looking up embeddings takes no time.
+    sizes = [0 if block.name == "embeddings" else sum(p.numel() for p in block.parameters) for block in blocks]
+    total = sum(sizes) + (output.numel() if output is embeddings else 0)
+    begins = [before / total for before in itertools.accumulate(sizes, initial=0)]
+    return [Replicas(list(block.parameters), workers, start) for block, start in zip(blocks, begins[:-1], strict=True)]
+
+
+def train(
+    options: argparse.Namespace, at_once: int, looks_ahead: bool, whole: bool, peak_rate: float, seed: int
+) -> dict[str, Any]:
     """One run; its held-out loss."""
     task = Task.load(options, seed)
     if at_once == DDP:
         run_ddp(task, options, looks_ahead, peak_rate)
     else:
-        run_layup(task, options, at_once, looks_ahead, peak_rate, seed)
-    return dict(zip(NAMES, (at_once, looks_ahead, peak_rate, seed), strict=True)) | {"loss": task.held_out_loss()}
+        run_layup(task, options, at_once, looks_ahead, whole, peak_rate, seed)
+    return dict(zip(NAMES, (at_once, looks_ahead, whole, peak_rate, seed), strict=True)) | {
+        "loss": task.held_out_loss()
+    }
 
 
 def run_ddp(task: Task, options: argparse.Namespace, looks_ahead: bool, peak_rate: float) -> None:
@@ -90,65 +140,78 @@ def run_ddp(task: Task, options: argparse.Namespace, looks_ahead: bool, peak_rat
 
 
 def run_layup(
-    task: Task, options: argparse.Namespace, at_once: int, looks_ahead: bool, peak_rate: float, seed: int
+    task: Task, options: argparse.Namespace, at_once: int, looks_ahead: bool, whole: bool, peak_rate: float, seed: int
 ) -> None:
-    """Workers take turns: in its turn a worker steps with the gradient that it has, and one begins its next."""
-    workers, parameters = options.workers, list(task.model.parameters())
-    replicas, optimizers = Replicas(parameters, workers), [Moments(parameters) for _ in range(workers)]
-    gradients: dict[int, Tensors] = {}
-    draws = torch.Generator().manual_seed(seed)
+    """Workers end their steps in turn, one in a unit of time; a step takes as many units as workers compute at once."""
+    workers, steps = options.workers, range(options.steps)
+    replicas, draws = make_replicas(task.model, workers, whole), torch.Generator().manual_seed(seed)
+    gradients: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in range(workers)]
 
-    def begin(worker: int) -> None:
+    def find_gradients(worker: int) -> None:
+        """At what the worker has read: until it steps its first block, nothing changes that."""
         with torch.no_grad():
-            replicas.merge(worker)
-            torch._foreach_copy_(parameters, replicas.values[worker])
-        gradients[worker] = task.gradient(options.batch_size)
+            for block in replicas:
+                torch._foreach_copy_(block.parameters, block.values[worker])
+        gradients[worker] = dict(zip(task.model.parameters(), task.gradient(options.batch_size), strict=True))
 
     @torch.no_grad()
-    def step(worker: int, turn: int) -> None:
-        replicas.merge(worker)
-        optimizer = optimizers[worker]
-        optimizer.update(gradients.pop(worker))
-        others = [other for other in optimizers if other is not optimizer and other.steps]
-        if others:
-            optimizer.compare(others[int(torch.randint(len(others), (), generator=draws))])
-        change = optimizer.step("compared", workers, looks_ahead)
-        torch._foreach_add_(replicas.values[worker], change, alpha=-rate_at(turn // workers, options, peak_rate))
-        replicas.offer(worker)
+    def step(worker: int, block: Replicas, number: int) -> None:
+        block.merge(worker)
+        gradient = [gradients[worker].pop(p) for p in block.parameters]
+        block.step(worker, gradient, rate_at(number, options, peak_rate), looks_ahead, draws)
+        block.offer(worker)
 
-    for worker in range(at_once):
-        begin(worker)
-    for turn in range(options.steps * workers):
-        step(turn % workers, turn)
-        begin((turn + at_once) % workers)
+    events = []  # their times; steps come before what is read at the same time
+    for number, worker, (index, block) in itertools.product(steps, range(workers), enumerate(replicas)):
+        begin = number * workers + worker + 1 - at_once
+        events.append((round(begin + at_once * block.stepped_at, 6), False, worker, number, index))
+        events.append((round(begin + at_once * block.read_at, 6), True, worker, number, index))
+    for _, is_read, worker, number, index in sorted(events):
+        if is_read:
+            with torch.no_grad():
+                replicas[index].merge(worker)
+        else:
+            if not gradients[worker]:
+                find_gradients(worker)
+            step(worker, replicas[index], number)
     with torch.no_grad():
-        torch._foreach_copy_(parameters, replicas.mean())
+        for block in replicas:
+            torch._foreach_copy_(block.parameters, block.mean())
 
 
 def show(results: list[dict[str, Any]]) -> None:
     """For each method the mean over seeds at each rate."""
     rates = sorted({result["learning_rate"] for result in results})
     print(f"\n| | Nesterov's momentum | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---|---|{'---|' * len(rates)}")
-    for at_once, looks_ahead in sorted({(r["at_once"], r["looks_ahead"]) for r in results}):
+    for kind in sorted({tuple(result[name] for name in NAMES[:3]) for result in results}):
         cells = []
         for rate in rates:
-            losses = [r["loss"] for r in results if tuple(r[n] for n in NAMES[:3]) == (at_once, looks_ahead, rate)]
+            losses = [r["loss"] for r in results if tuple(r[n] for n in NAMES[:4]) == (*kind, rate)]
             cells.append(f"{statistics.mean(losses):.3f} ({len(losses)})" if losses else "")
-        method = "DDP" if at_once == DDP else f"LayUp, {at_once} at once"
+        at_once, looks_ahead, whole = kind
+        method = "DDP" if at_once == DDP else f"LayUp, {at_once} at once{', the model as one block' if whole else ''}"
         print(f"| {method} | {'yes' if looks_ahead else 'no'} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--computing", type=int, nargs="+", help="at the same time; 1, 2, 4, ... all, and 0: DDP")
+    parser.add_argument("--whole", action="store_true", help="read and step the whole model as one block")
+    parser.add_argument("--momentum", nargs="+", choices=["plain", "nesterov"], default=["plain", "nesterov"])
     add_task_arguments(parser)
     options = parser.parse_args()
     powers = [2**n for n in range(options.workers.bit_length()) if 2**n < options.workers]
     computing = options.computing or [DDP, *powers, options.workers]
     if not all(0 <= number <= options.workers for number in computing):
         parser.error(f"--computing {computing}: from 0 to the number of workers, {options.workers}")
-    wanted = itertools.product(computing, (False, True), options.learning_rates, options.seeds)
-    show(run_all(train, options, NAMES, list(wanted), options.folder / "late-gradients.json"))
+    looks_ahead = [name == "nesterov" for name in options.momentum]
+    wanted = [
+        (at_once, ahead, options.whole and at_once != DDP, rate, seed)
+        for at_once, ahead, rate, seed in itertools.product(
+            computing, looks_ahead, options.learning_rates, options.seeds
+        )
+    ]
+    show(run_all(train, options, NAMES, wanted, options.folder / "late-gradients.json"))
 
 
 if __name__ == "__main__":
