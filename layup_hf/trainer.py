@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import signal
@@ -150,6 +151,8 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
             self._stop_gossip()
             self._preemption.remove()
         if self._ends_early and self._preemption.ends_process:
+            # Left to the end of the interpreter, gloo's threads may abort the process, with another exit code.
+            atexit.register(PartialState().destroy_process_group)
             raise SystemExit(128 + signal.SIGTERM)
         return output
 

@@ -316,6 +316,8 @@ def test_sigterm_leads_to_a_checkpoint_of_all(who, tmp_path):
     assert checkpoint_of(tmp_path)["stateful_callbacks"]["layup_hf"]["drawn"]
     assert not started.results(), started.output[-8000:]  # the script did not go on as if training had been completed
     if who == "worker":
+        assert "the process group is destroyed at exit" in started.output, started.output[-8000:]
+        assert "the process group is left at exit" not in started.output
         assert "exitcode  : 143" in started.output, started.output[-8000:]
 
 
