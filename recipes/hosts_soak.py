@@ -15,10 +15,8 @@ from lab import Lab
 
 SAMPLE_SECONDS = 10
 WARM_UP = 0.25  # of the time: caches fill, the allocator finds its size
-MOST_MORE = 1.0  # descriptors or threads that an hour may add: none, but for the slope's noise
-
-
 PARTS = 10  # of the time that is judged
+MOST_MORE = 1.0  # descriptors or threads that an hour may add: none, but for the slope's noise
 
 
 def growth_per_hour(seconds: list[float], values: list[float]) -> float:

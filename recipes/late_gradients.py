@@ -92,6 +92,11 @@ class Replicas:
             self.offers[worker, peer] = units
             self.own[worker] -= units
 
+    @torch.no_grad()
+    def load(self, values: Tensors) -> None:
+        """Give the model these values of the block."""
+        torch._foreach_copy_(self.parameters, values)
+
     def mean(self) -> Tensors:
         """By mass."""
         masses = [own + self.untaken(worker) for worker, own in enumerate(self.own)]
@@ -149,12 +154,10 @@ def run_layup(
 
     def find_gradients(worker: int) -> None:
         """At what the worker has read: until it steps its first block, nothing changes that."""
-        with torch.no_grad():
-            for block in replicas:
-                torch._foreach_copy_(block.parameters, block.values[worker])
+        for block in replicas:
+            block.load(block.values[worker])
         gradients[worker] = dict(zip(task.model.parameters(), task.gradient(options.batch_size), strict=True))
 
-    @torch.no_grad()
     def step(worker: int, block: Replicas, number: int) -> None:
         block.merge(worker)
         gradient = [gradients[worker].pop(p) for p in block.parameters]
@@ -168,15 +171,13 @@ def run_layup(
         events.append((round(begin + at_once * block.read_at, 6), True, worker, number, index))
     for _, is_read, worker, number, index in sorted(events):
         if is_read:
-            with torch.no_grad():
-                replicas[index].merge(worker)
+            replicas[index].merge(worker)
         else:
             if not gradients[worker]:
                 find_gradients(worker)
             step(worker, replicas[index], number)
-    with torch.no_grad():
-        for block in replicas:
-            torch._foreach_copy_(block.parameters, block.mean())
+    for block in replicas:
+        block.load(block.mean())
 
 
 def show(results: list[dict[str, Any]]) -> None:
