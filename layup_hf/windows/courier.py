@@ -13,6 +13,7 @@ import torch
 
 from ..ledger import Ledger
 from . import wire
+from .contacts import Contacts
 from .pace import Pace
 from .peers import Peer, Postmark
 from .reports import REPEAT_EVERY, Reporter
@@ -57,6 +58,7 @@ class Courier:
         self._pace, self._postmark = pace, postmark
         self._peers = {peer.rank: peer for peer in peers}
         self._by_name = {peer.name: peer for peer in peers}
+        self._contacts = Contacts(transport, staging, serving, pace)
         self._reporter = Reporter(ledger, peers)
         num_blocks = len(serving.layout.num_bytes)
         self._merged = np.zeros(num_blocks)  # when the block was last merged with a peer on another host
@@ -137,7 +139,7 @@ class Courier:
             self._busy += now - self._looked
         self._looked = now
         while self._to_exclude:
-            self._drop(self._peers[self._to_exclude.popleft()])
+            self._contacts.drop(self._peers[self._to_exclude.popleft()])
         began = time.perf_counter()
         messages = self._transport.receive()
         moved = bool(messages) or time.perf_counter() - began > 5e-5  # it has sent or received something
@@ -149,24 +151,15 @@ class Courier:
             for peer in self._peers.values():
                 peer.whole_at = 0.0
         for peer in self._peers.values():
-            self._attempt(peer, self._serve)
+            self._contacts.attempt(peer, self._serve)
             if peer.request is not None and peer.is_silent(now) and now - peer.asked_at > REPEAT_EVERY:
-                self._let_go(peer)
+                self._contacts.let_go(peer)
             if not peer.is_connected:
-                self._mind_lost(peer, now)
+                self._contacts.mind_lost(peer, now)
         if self._pace.may_start:
             self._ask()
         self._report(now)
         return moved, under_way or any(peer.write is not None for peer in self._peers.values())
-
-    def _attempt(self, peer: Peer, action: Callable[[Peer], None]) -> None:
-        """Do something that fails if the peer has gone or cannot be reached."""
-        if not peer.is_connected:
-            return
-        try:
-            action(peer)
-        except Exception as error:  # NIXL's exceptions have no base of their own
-            self._break(peer, error)
 
     def _send(self, peer: Peer, content: wire.Content) -> None:
         self._transport.send(peer.name, self._postmark.encode(content, peer))
@@ -205,7 +198,7 @@ class Courier:
                 if content.number > peer.wanted_number:
                     peer.wanted, peer.wanted_number = content, content.number
                 elif peer.wanted is None:  # it has been written, and the peer does not know
-                    self._attempt(peer, lambda p: self._send(p, wire.Answer(content.number, content.block)))
+                    self._contacts.attempt(peer, lambda p: self._send(p, wire.Answer(content.number, content.block)))
             case wire.Answer():
                 slot = peer.request or peer.aside
                 if content.number > peer.requests:
@@ -225,9 +218,9 @@ class Courier:
     def _report(self, now: float) -> None:
         """Tell each peer what has changed, and ask again for what has not come."""
         for peer, report in self._reporter.due(now):
-            self._attempt(peer, lambda p, report=report: self._send(p, report))
+            self._contacts.attempt(peer, lambda p, report=report: self._send(p, report))
             if now - peer.asked_at > REPEAT_EVERY:
-                self._attempt(peer, self._send_request)
+                self._contacts.attempt(peer, self._send_request)
 
     # ---- Blocks ----
 
@@ -243,7 +236,7 @@ class Courier:
             slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
             peer.request = slot
             idle.remove(peer.rank)
-            self._attempt(peer, self._send_request)
+            self._contacts.attempt(peer, self._send_request)
             slot = self._staging.take_free() if idle else None
         if slot is not None:
             self._staging.give_back(slot)
@@ -281,61 +274,3 @@ class Courier:
     def _serve(self, peer: Peer) -> None:
         if (answer := self._serving.advance(peer, self._looked)) is not None:
             self._send(peer, answer)
-
-    # ---- Peers that come and go ----
-
-    def _break(self, peer: Peer, error: Exception) -> None:
-        """The peer has gone, or the way to it."""
-        if not peer.was_lost:
-            logger.warning(
-                f"LayUp: the connection to rank {peer.rank} has broken ({type(error).__name__}: {error}). It is tried "
-                "again until the worker is done without."
-            )
-            peer.was_lost = True
-        self._leave(peer)
-        peer.wait_before_retry(time.monotonic())
-
-    def _leave(self, peer: Peer) -> None:
-        """Go on without the peer, for a while or for ever."""
-        peer.is_connected = False
-        self._let_go(peer)
-        if peer.aside is not None:
-            peer.aside.is_doubtful = True
-        self._serving.leave(peer)
-
-    def _let_go(self, peer: Peer) -> None:
-        """The peer may write what it was asked for at any time, or never: do not use that memory, but go on."""
-        if peer.request is not None:
-            peer.aside, peer.request = peer.request, None
-            self._staging.replace(peer.aside)
-
-    def _mind_lost(self, peer: Peer, now: float) -> None:
-        """End the old connection as soon as nothing is under way on it; after that, try a new one."""
-        if peer.is_known and self._serving.is_over(peer):
-            peer.is_known = False
-            peer.keys.clear()
-            try:
-                self._transport.disconnect(peer.name)
-            except Exception as error:
-                logger.debug(f"LayUp: rank {peer.rank} was not connected: {error}")
-        if not peer.is_known and not peer.is_excluded and now >= peer.retry_at:
-            with self._pace.uncounted():
-                self._reconnect(peer)
-
-    def _reconnect(self, peer: Peer) -> None:
-        peer.wait_before_retry(time.monotonic())
-        try:
-            self._transport.connect(peer.address)
-        except Exception as error:
-            logger.debug(f"LayUp: rank {peer.rank} is not reached: {error}")
-            return
-        peer.is_connected = peer.is_known = True
-        peer.connected_at, peer.whole_at = time.monotonic(), 0.0
-        self._attempt(peer, self._send_request)
-
-    def _drop(self, peer: Peer) -> None:
-        """Have no more to do with a peer."""
-        if not peer.is_excluded:
-            peer.is_excluded = True
-            self._staging.discard(peer.rank)
-            self._leave(peer)
