@@ -26,14 +26,19 @@ class Direction:
 
     *Lengths* (c): see `MeanMoments`.
 
-    AdamW's own moments stay as it would have made them (a fused kernel rounds otherwise). While it steps a block, it is
-    given another first moment,
+    AdamW's own moments stay as it would have made them, but for rounding.
 
-        c (1 - l) m + (c (1 - beta1 + beta1 l) - (1 - beta1)) / beta1 g
+    - Where c is 1, AdamW steps with another beta1: `beta1 (1 - l)` makes `m' + l (g - m')` of m itself, with m' what
+      AdamW would have made of it, which is found again from that and g in one pass. Rate and decay make up for what
+      AdamW would correct otherwise for the beginning of its means.
+    - Otherwise, and in less than single precision, in which m' would not be found again, AdamW is given another first
+      moment while it steps a block,
 
-    of which its step makes `c (m' + l (g - m'))`, with m' what it would have made of m. The other is in memory while a
-    block steps; on a CPU, where new memory costs as much as the step, all the time and in one place, as large as the
-    largest block. Peers that read m meanwhile (`MeanMoments`) never see the other.
+          c (1 - l) m + (c (1 - beta1 + beta1 l) - (1 - beta1)) / beta1 g
+
+      of which its step makes `c (m' + l (g - m'))`. The other is in memory while a block steps; on a CPU, where new
+      memory costs as much as the step, all the time and in one place, as large as the largest block. Peers that read m
+      meanwhile (`MeanMoments`) never see the other.
 
     If a GradScaler lets the optimizer skip the step on the device, moments stay, too.
 
@@ -61,8 +66,8 @@ class Direction:
             block: All that the optimizer steps meanwhile.
             lengths: c of each parameter of the block, of a shape that fits it; None: 1.
         """
-        beta1 = self._optimizer.param_groups[0]["betas"][0]
-        lead = (1 - beta1) * (1 - beta1 ** self._ages[block.index]) if self.looks_ahead else 0.0
+        beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
+        lead = (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
         self._ages[block.index] += 1
         is_stepped = [parameter.grad is not None for parameter in block.parameters]
         if not any(is_stepped) or (lead == 0 and lengths is None):
@@ -71,9 +76,14 @@ class Direction:
         stepped = list(itertools.compress(block.parameters, is_stepped))
         states, gradients = [self._optimizer.state[p] for p in stepped], [p.grad for p in stepped]
         first = [state["exp_avg"] for state in states]
-        if lengths is not None:
-            lengths = list(itertools.compress(lengths, is_stepped))
         with self._unscaled(first, gradients):
+            if lengths is None and all(m.dtype in (torch.float32, torch.float64) for m in first):
+                with self._other_beta(beta1, lead, age + 1):
+                    yield
+                torch._foreach_lerp_(first, gradients, -lead / (1 - lead))
+                return
+            if lengths is not None:
+                lengths = list(itertools.compress(lengths, is_stepped))
             ahead = self._ahead(first, gradients, lead, lengths, beta1)
             for state, a in zip(states, ahead, strict=True):
                 state["exp_avg"] = a
@@ -82,7 +92,28 @@ class Direction:
             finally:
                 for state, m in zip(states, first, strict=True):
                     state["exp_avg"] = m
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
+            torch._foreach_lerp_(first, gradients, 1 - beta1)
+
+    @contextlib.contextmanager
+    def _other_beta(self, beta1: float, lead: float, steps: int) -> Iterator[None]:
+        """AdamW makes the direction of m itself; see the class.
+
+        Args:
+            beta1, lead: b and l.
+            steps: That the moments are means of, with the one to come.
+        """
+        beta = beta1 * (1 - lead)
+        longer = (1 - beta**steps) / (1 - beta1**steps)
+        groups = self._optimizer.param_groups
+        own = [{name: group[name] for name in ("betas", "lr", "weight_decay")} for group in groups]
+        for group in groups:
+            group["betas"] = (beta, group["betas"][1])
+            group["lr"], group["weight_decay"] = group["lr"] * longer, group["weight_decay"] / longer
+        try:
+            yield
+        finally:
+            for group, options in zip(groups, own, strict=True):
+                group.update(options)
 
     def _ahead(
         self, first: list[Tensor], gradients: list[Tensor], lead: float, lengths: list[Tensor] | None, beta1: float
