@@ -4,6 +4,7 @@
     python recipes/compare.py --workers 4 --steps 320        every method, every learning rate, three seeds
     python recipes/compare.py --straggler "rank=1,compute=0.3,busy=true"
     python recipes/compare.py --hosts 2 --rate 100mbit       each worker on a host of its own (see `lab.py`; needs root)
+    python recipes/compare.py --images resnet                Fashion-MNIST by a small ResNet, instead of text by a GPT-2
     python recipes/compare.py show                           the table and the pictures again
 
 Each method trains with every learning rate for the first seed, and with its best one for all seeds; with `--whole_grid`
@@ -17,7 +18,9 @@ What the columns say:
 - Loss: held out, after the same number of samples for every method. What is evaluated: LayUp, GoSGD and AD-PSGD: the
   mean of the workers by mass, which they then go on from (a consensus point); Local SGD, DiLoCo, CO2: the model that
   all workers have right after a synchronisation, which is why evaluations fall on multiples of `--period`; the others:
-  the model, which is the same everywhere. The spread is the standard deviation over seeds.
+  the model, which is the same everywhere. The spread is the standard deviation over seeds. BatchNorm: LayUp, GoSGD
+  and AD-PSGD mix its statistics as they do weights, DDP evaluates those of rank 0; with Local SGD, DiLoCo and CO2 they
+  stay each worker's own, and each evaluates its part with its own. With images the share that is recognised is given.
 - Seconds: of training, without the evaluations themselves. What a method needs to have one model to evaluate is
   counted.
 - Bytes: sent and received by a worker, divided by its steps. With `--hosts` counted on the worker's interface, with
@@ -58,8 +61,6 @@ QUICK = {
     "seeds": [1],
     "steps": 64,
     "evaluations": 4,
-    "block_size": 64,
-    "config_overrides": "n_layer=2,n_embd=64,n_head=2",
 }
 DEFAULTS = {
     "methods": list(NAMES),
@@ -67,9 +68,11 @@ DEFAULTS = {
     "seeds": [1, 2, 3],
     "steps": 240,
     "evaluations": 10,
-    "block_size": 128,
-    "config_overrides": "",
 }
+# Of what is learnt from.
+TEXT = {"block_size": 128, "vocab_size": 512, "config_overrides": ""}
+QUICK_TEXT = {**TEXT, "block_size": 64, "config_overrides": "n_layer=2,n_embd=64,n_head=2"}
+OF_TEXT, OF_IMAGES = ("block_size", "vocab_size", "train_file"), ("dataset_name",)
 
 
 # ---- What is to be run ----
@@ -256,9 +259,11 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=8, help="local steps of Local SGD, DiLoCo and CO2")
     parser.add_argument("--batch_size", type=int, default=8, help="samples of a worker in a step")
     parser.add_argument("--block_size", type=int, help="tokens of a sample")
-    parser.add_argument("--vocab_size", type=int, default=512)
+    parser.add_argument("--vocab_size", type=int, help="512 by default")
     parser.add_argument("--train_file", help="text; the sources of Python's standard library by default")
-    parser.add_argument("--config_overrides", help="of the model, as in the recipe")
+    parser.add_argument("--images", choices=["resnet", "vit"], help="learn images instead of text, by this model")
+    parser.add_argument("--dataset_name", help="images, as in vision.py; Fashion-MNIST by default")
+    parser.add_argument("--config_overrides", help="of the model, as in the recipes")
     parser.add_argument("--lr_scheduler_type", choices=["cosine", "constant_with_warmup"], default="cosine")
     parser.add_argument("--warmup", type=float, default=0.5, help="share of the steps, below 1")
     parser.add_argument("--straggler", help="delays, such as 'rank=1,compute=0.3,busy=true'; not of one process")
@@ -266,8 +271,15 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of the hosts' links")
     parser.add_argument("--folder", type=Path, help="bench-output/compare by default, or bench-output/compare-quick")
     options = parser.parse_args()
+    for name in OF_TEXT if options.images else OF_IMAGES:
+        if getattr(options, name) is not None:
+            remedy = "leave out --images" if options.images else "name a model with --images"
+            parser.error(
+                f"--{name} is of no use for {'images' if options.images else 'text'}: leave it out, or {remedy}"
+            )
     folder = Path("bench-output", "compare-quick" if options.quick else "compare")
-    for name, value in {"folder": folder, **(QUICK if options.quick else DEFAULTS)}.items():
+    task = {"config_overrides": ""} if options.images else QUICK_TEXT if options.quick else TEXT
+    for name, value in {"folder": folder, **task, **(QUICK if options.quick else DEFAULTS)}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not 0 <= options.warmup < 1:

@@ -281,6 +281,11 @@ def layup_straight(setup: Setup) -> Method:
 
 
 def layup_own(setup: Setup) -> Method:
+    """LayUp with second moments of each worker's own, as it is where every worker has a host to itself."""
+    return Method(LayupTrainer, {"second_moment": "own"})
+
+
+def layup_plain(setup: Setup) -> Method:
     """LayUp with plain AdamWs, which know nothing of each other's gradients."""
     return Method(LayupTrainer, PLAIN)
 
@@ -300,6 +305,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "layup-arrival": layup_arrival,
     "layup-straight": layup_straight,
     "layup-own": layup_own,
+    "layup-plain": layup_plain,
 }
 
 

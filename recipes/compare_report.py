@@ -22,7 +22,8 @@ NAMES = {
     "layup": "LayUp",
     "layup-arrival": "LayUp, merging on arrival",
     "layup-straight": "LayUp, without Nesterov's momentum",
-    "layup-own": "LayUp, plain AdamW",
+    "layup-own": "LayUp, second moments of each worker's own",
+    "layup-plain": "LayUp, plain AdamW",
 }
 NONE = "-"
 HEADS = (
@@ -131,15 +132,16 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
     done = [run for run in mine.values() if run["failure"] is None]
 
     def mean(figure: str) -> float | None:
-        values = [run[figure] for run in done if run[figure] is not None]
+        values = [run[figure] for run in done if run.get(figure) is not None]
         return statistics.mean(values) if values else None
 
     peaks = [run["peak_bytes"] for run in runs if run["method"] == method and run.get("peak_bytes")]
-    on_link = mean("link_bytes_per_step")
+    on_link, accuracy = mean("link_bytes_per_step"), mean("accuracy")
+    recognised = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
     return [
         NAMES[method],
         f"{best_rate(runs, method, seed):g}",
-        mean_and_spread([final_loss(run) for run in mine.values()]),
+        mean_and_spread([final_loss(run) for run in mine.values()]) + recognised,
         *beside_ddp(mine, ddp),
         f"{statistics.median(sum(run['own_steps']) / run['seconds'] for run in done):.2f}",
         quantity(mean("bytes_per_step") if on_link is None else on_link, 1e6, "{:.3f} MB"),
@@ -160,10 +162,12 @@ def table(results: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     seeds = ", ".join(map(str, settings["seeds"]))
     choice = "the mean over seeds" if settings.get("whole_grid") else f"seed {seed}"
+    of_images = f"images by a {settings['images']}" if settings.get("images") else ""
+    kind = of_images or f"samples of {settings['block_size']} tokens"
     link = f"hosts joined by links of {settings['rate']}" if settings["hosts"] else "workers on one host"
     lines = [
         f"{settings['workers']} {link}; {size:,} parameters; {settings['steps']} steps of {settings['batch_size']} "
-        f"samples per worker, {samples:,} samples of {settings['block_size']} tokens; best of {rates} by {choice}; "
+        f"samples per worker, {samples:,} {kind}; best of {rates} by {choice}; "
         f"seeds {seeds}" + (f"; delayed: {settings['straggler']}" if settings["straggler"] else "") + ".",
         "",
         "| " + " | ".join(HEADS) + " |",
@@ -193,7 +197,8 @@ def draw(results: dict[str, Any], folder: Path) -> None:
                     line = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)[0]
                     line.set_label(f"{name}, {run['learning_rate']:g}" if turn == 0 else "_")
         unit = "samples of all workers" if key == "samples" else "seconds of training"
-        axes.set(xlabel=unit, ylabel="held-out loss (nats per token)")
+        sample = "image" if results["settings"].get("images") else "token"
+        axes.set(xlabel=unit, ylabel=f"held-out loss (nats per {sample})")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
         figure.savefig(folder / f"compare-{key}.png", dpi=110)

@@ -19,20 +19,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from bench_worker import PeakMemory, Stopwatch, load_blocks
+from bench_worker import PeakMemory, Stopwatch
 from compare_methods import LOCAL, METHODS, LocalTrainer, Method, Setup, ring_bytes
+from compare_tasks import images, text
 from curve import write_results
 from datasets import disable_progress_bars
 from hosts_meters import COUNTERS
-from model import make_config, make_model
-from tokens import collate
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from layup_hf import LayupConfig, StragglerCallback
 
 Run = dict[str, Any]
-HELD_OUT = 128  # blocks
 WARM_UP = 3  # steps of a run that is not counted: allocator, thread pools, caches of kernels
 
 
@@ -102,25 +100,21 @@ class Meter(Stopwatch):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         loss, samples = metrics["eval_loss"], state.global_step * self._samples
-        self.points.append({"samples": samples, "seconds": self.figures[0], "loss": loss})
+        accuracy = {"accuracy": metrics["eval_accuracy"]} if "eval_accuracy" in metrics else {}
+        self.points.append({"samples": samples, "seconds": self.figures[0], "loss": loss, **accuracy})
         if not math.isfinite(loss):
             control.should_training_stop = True  # it has diverged, for all workers alike
 
 
 class Bench:
-    """The model, the text and the arguments that all runs of this process share."""
+    """The task and the arguments that all runs of this process share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self._arguments()  # starts the process group
         self.state = PartialState()
         disable_progress_bars()
-        count = options.steps * options.workers * options.batch_size + HELD_OUT
-        tokenizer, blocks = load_blocks(self.state, options.block_size, count, options.vocab_size, options.train_file)
-        chosen = {number * len(blocks) // HELD_OUT for number in range(HELD_OUT)}  # from all over the text
-        self.held_out = blocks.select(sorted(chosen))
-        self.train = blocks.select([number for number in range(len(blocks)) if number not in chosen])
-        self.config = make_config(None, options.config_overrides, tokenizer, options.block_size)
+        self.task = (images if options.images else text)(options, self.state)
 
     def _arguments(self, **more: Any) -> LayupConfig:
         options = self.options
@@ -135,6 +129,7 @@ class Bench:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            remove_unused_columns=False,  # the columns of images are read by what makes pixels of them
             log_level="error",
             ddp_find_unused_parameters=False,
         )
@@ -143,11 +138,11 @@ class Bench:
     def make(self, method: Method, callbacks: list[TrainerCallback], seed: int, **arguments: Any) -> Trainer:
         """The trainer of one run."""
         trainer = method.trainer(
-            model=make_model(None, self.config, seed=seed),
+            model=self.task.make_model(seed),
             args=self._arguments(seed=seed, **arguments, **method.arguments),
-            train_dataset=self.train,
-            eval_dataset=self.held_out,
-            data_collator=collate,
+            train_dataset=self.task.train,
+            eval_dataset=self.task.held_out,
+            **self.task.trainer,
             callbacks=[*method.callbacks, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
@@ -187,6 +182,7 @@ class Bench:
             "failure": None if points[-1]["loss"] is not None else "diverged",
             "points": points,
             "loss": points[-1]["loss"],
+            "accuracy": points[-1].get("accuracy"),
             "seconds": seconds,
             "parameters": model.num_parameters(),
             "own_steps": [worker["own_steps"] for worker in all_of_them],
