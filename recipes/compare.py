@@ -8,10 +8,10 @@
     python recipes/compare.py show                           the table and the pictures again
 
 Each method trains with every learning rate for the first seed, and with its best one for all seeds; with `--whole_grid`
-with every learning rate for all seeds, as one seed may be lucky with a rate that is too high. Prints a Markdown
-table, draws `compare-samples.png` and `compare-seconds.png`, and keeps all figures in `compare.json`, in `--folder`. It
-is written after every run, so the same command goes on where it was stopped. A run that diverges or fails counts as
-infinitely bad, and the others go on.
+with every learning rate for all seeds, as one seed may be lucky with a rate that is too high. Prints a Markdown table,
+draws three pictures (loss over samples and over seconds; costs), and keeps all figures in `compare.json`, in
+`--folder`. It is written after every run, so the same command goes on where it was stopped. A run that diverges or
+fails counts as infinitely bad, and the others go on.
 
 What the columns say:
 

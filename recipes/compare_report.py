@@ -119,6 +119,27 @@ def beside_ddp(mine: dict[int, Run], ddp: dict[int, Run]) -> list[str]:
     return [f"{ratio:.4f}", f"{mean:.1f}", f"{median:.2f}"]
 
 
+def mean_of(runs: list[Run], figure: str) -> float | None:
+    """Of those runs that have the figure; None if there are none."""
+    values = [run[figure] for run in runs if run.get(figure) is not None]
+    return statistics.mean(values) if values else None
+
+
+def costs(runs: list[Run], method: str, seed: int) -> dict[str, float | None]:
+    """Bytes per worker and step, peak memory and share of time waiting, at a method's best learning rate.
+
+    Args:
+        seed: For which the grid has been run.
+    """
+    done = [run for run in best_runs(runs, method, seed).values() if run["failure"] is None]
+    on_link = mean_of(done, "link_bytes_per_step")
+    return {
+        "bytes": mean_of(done, "bytes_per_step") if on_link is None else on_link,
+        "memory": mean_of([run for run in runs if run["method"] == method and run["memory"]], "peak_bytes"),
+        "waiting": mean_of(done, "waiting"),
+    }
+
+
 def row(runs: list[Run], method: str, seed: int) -> list[str]:
     """A method's line of the table: means over seeds.
 
@@ -131,12 +152,7 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
         return [NAMES[method], NONE, (failures or ["not run"])[-1].splitlines()[-1], *[NONE] * (len(HEADS) - 3)]
     done = [run for run in mine.values() if run["failure"] is None]
 
-    def mean(figure: str) -> float | None:
-        values = [run[figure] for run in done if run.get(figure) is not None]
-        return statistics.mean(values) if values else None
-
-    peaks = [run["peak_bytes"] for run in runs if run["method"] == method and run.get("peak_bytes")]
-    on_link, accuracy = mean("link_bytes_per_step"), mean("accuracy")
+    accuracy, cost = mean_of(done, "accuracy"), costs(runs, method, seed)
     recognised = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
     return [
         NAMES[method],
@@ -144,9 +160,9 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
         mean_and_spread([final_loss(run) for run in mine.values()]) + recognised,
         *beside_ddp(mine, ddp),
         f"{statistics.median(sum(run['own_steps']) / run['seconds'] for run in done):.2f}",
-        quantity(mean("bytes_per_step") if on_link is None else on_link, 1e6, "{:.3f} MB"),
-        quantity(statistics.mean(peaks) if peaks else None, 2**20, "{:.1f} MiB"),
-        quantity(mean("waiting"), 1, "{:.2f}"),
+        quantity(cost["bytes"], 1e6, "{:.3f} MB"),
+        quantity(cost["memory"], 2**20, "{:.1f} MiB"),
+        quantity(cost["waiting"], 1, "{:.2f}"),
     ]
 
 
@@ -178,28 +194,53 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Held-out loss over samples and over seconds, at each method's best learning rate, a line for each seed."""
-    from matplotlib import colormaps
+    """Held-out loss over samples and over seconds, and what each method costs, as pictures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs, seed = results["runs"], results["settings"]["seeds"][0]
-    for key in ("samples", "seconds"):
-        figure = Figure(figsize=(8, 5), layout="constrained")
+    for key in ("samples", "seconds", "costs"):
+        figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for number, (method, name) in enumerate(NAMES.items()):
-            for turn, run in enumerate(best_runs(runs, method, seed).values()):
-                points = [(p[key], p["loss"]) for p in run.get("points", []) if p["loss"] is not None]
-                if points:
-                    style = "--" if method == "single" else "-"
-                    colour = "black" if method == "single" else colormaps["tab20"](number)
-                    line = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)[0]
-                    line.set_label(f"{name}, {run['learning_rate']:g}" if turn == 0 else "_")
-        unit = "samples of all workers" if key == "samples" else "seconds of training"
-        sample = "image" if results["settings"].get("images") else "token"
-        axes.set(xlabel=unit, ylabel=f"held-out loss (nats per {sample})")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        draw_costs(results, figure) if key == "costs" else draw_curves(results, key, figure)
         figure.savefig(folder / f"compare-{key}.png", dpi=110)
         print(f"Drawn: {folder / f'compare-{key}.png'}")
+
+
+def draw_curves(results: dict[str, Any], key: str, figure: Any) -> None:
+    """Held-out loss at each method's best learning rate, a line for each seed.
+
+    Args:
+        key: `samples` or `seconds`.
+        figure: To draw it into.
+    """
+    from matplotlib import colormaps
+
+    runs, seed = results["runs"], results["settings"]["seeds"][0]
+    figure.set_size_inches(8, 5)
+    axes = figure.add_subplot()
+    for number, (method, name) in enumerate(NAMES.items()):
+        for turn, run in enumerate(best_runs(runs, method, seed).values()):
+            points = [(p[key], p["loss"]) for p in run.get("points", []) if p["loss"] is not None]
+            if points:
+                style = "--" if method == "single" else "-"
+                colour = "black" if method == "single" else colormaps["tab20"](number)
+                line = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)[0]
+                line.set_label(f"{name}, {run['learning_rate']:g}" if turn == 0 else "_")
+    unit = "samples of all workers" if key == "samples" else "seconds of training"
+    sample = "image" if results["settings"].get("images") else "token"
+    axes.set(xlabel=unit, ylabel=f"held-out loss (nats per {sample})")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def draw_costs(results: dict[str, Any], figure: Any) -> None:
+    """Bytes, memory and waiting of each method, side by side, into the figure."""
+    runs, seed = results["runs"], results["settings"]["seeds"][0]
+    made = {NAMES[method]: costs(runs, method, seed) for method in reversed(NAMES) if best_runs(runs, method, seed)}
+    units = {"bytes": 1e6, "memory": 2**20, "waiting": 1}
+    labels = ("MB per worker and step", "peak memory of a worker (MiB)", "share of time waiting")
+    figure.set_size_inches(12, 1 + 0.3 * len(made))
+    for axes, (key, unit), label in zip(figure.subplots(1, 3, sharey=True), units.items(), labels, strict=True):
+        axes.barh(list(made), [(cost[key] or 0) / unit for cost in made.values()])
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)

@@ -161,7 +161,7 @@ def test_the_table_and_the_pictures_have_what_was_run(tmp_path):
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| method", "|---|---|---|---|---|---|---|---|---|---|",
                                                             "| one process", "| DDP"]  # fmt: skip
     draw(results, tmp_path)
-    assert all((tmp_path / f"compare-{key}.png").stat().st_size > 1000 for key in ("samples", "seconds"))
+    assert all((tmp_path / f"compare-{key}.png").stat().st_size > 1000 for key in ("samples", "seconds", "costs"))
     assert table({"settings": SETTINGS, "runs": []}) == "Nothing has been run."
     assert NAMES.keys() == METHODS.keys()
 
@@ -300,7 +300,7 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
     assert {run["method"] for run in results["runs"] if run.get("peak_bytes", 0) > 0} == runs.keys()
     assert "| LayUp | 0.008 |" in printed
     assert {file.name for file in (tmp_path / "out").glob("compare*")} == {
-        "compare.json", "compare.md", "compare-samples.png", "compare-seconds.png"}  # fmt: skip
+        "compare.json", "compare.md", "compare-samples.png", "compare-seconds.png", "compare-costs.png"}  # fmt: skip
 
 
 @pytest.mark.timeout(600)
