@@ -14,15 +14,13 @@ import queue
 import random
 import re
 import shutil
-import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosts_cases import CASES
 from hosts_fork import Forker
 from hosts_run import HostsRun
 from lab import Lab
@@ -32,89 +30,6 @@ FAULT_SECONDS = 30.0  # of a freeze, a pulled cable, a slow or lossy link
 RETURN_SECONDS = {True: 8, False: 20}  # for a worker to be at work again, forked or launched
 PATIENCE = 400  # seconds for a whole run; a launcher alone waits 300 s at its end for one that has failed
 LAUNCHER_PATIENCE = 20  # seconds for a launcher to end after its worker
-
-
-@dataclass(frozen=True)
-class Case:
-    """A fault.
-
-    Attributes:
-        title: For people.
-        break_: Does it, given the run and the hosts that it is to happen to.
-        mend: Ends it, `FAULT_SECONDS` later; None if it does not end.
-        victims: How many hosts it happens to.
-        lost: Whether these hosts' workers are expected to be gone.
-        first: Whether it happens to rank 0; otherwise to others at random.
-        returns: Whether these hosts' launches are repeated.
-    """
-
-    title: str
-    break_: Callable[[HostsRun, list[int]], None]
-    mend: Callable[[HostsRun, list[int]], None] | None = None
-    victims: int = 1
-    lost: bool = False
-    first: bool = False
-    returns: bool = False
-
-
-def _kill(run: HostsRun, victims: list[int]) -> None:
-    for victim in victims:
-        run.signal(run.lab.hosts[victim], signal.SIGKILL)
-
-
-def _lose_machine(run: HostsRun, victims: list[int]) -> None:
-    host = run.lab.hosts[victims[0]]
-    host.cut()
-    run.end_processes(host)
-
-
-def _freeze(run: HostsRun, victims: list[int]) -> None:
-    run.signal(run.lab.hosts[victims[0]], signal.SIGSTOP)
-
-
-def _thaw(run: HostsRun, victims: list[int]) -> None:
-    run.signal(run.lab.hosts[victims[0]], signal.SIGCONT)
-
-
-def _cut(run: HostsRun, victims: list[int]) -> None:
-    run.lab.hosts[victims[0]].cut()
-
-
-def _mend(run: HostsRun, victims: list[int]) -> None:
-    run.lab.hosts[victims[0]].mend()
-
-
-def _lose(run: HostsRun, victims: list[int]) -> None:
-    for host in run.lab.hosts:
-        host.set_loss(2)
-
-
-def _slow(run: HostsRun, victims: list[int]) -> None:
-    run.lab.hosts[victims[0]].set_rate("1mbit")
-
-
-def _kill_and_restart(run: HostsRun, victims: list[int]) -> None:
-    _kill(run, victims)
-    run.launchers[victims[0]].wait(60)
-    run.restart(run.lab.hosts[victims[0]])
-
-
-def _nothing(run: HostsRun, victims: list[int]) -> None:
-    pass
-
-
-CASES = {
-    "none": Case("nothing", _nothing),
-    "kill": Case("SIGKILL of one of 4", _kill, lost=True),
-    "kill-two": Case("SIGKILL of two of 4", _kill, victims=2, lost=True),
-    "kill-first": Case("SIGKILL of rank 0", _kill, lost=True, first=True),
-    "freeze": Case("SIGSTOP for 30 s", _freeze, _thaw),
-    "cut": Case("cable pulled for 30 s", _cut, _mend),
-    "loss": Case("2 % of all packets lost, to the end", _lose),
-    "slow": Case("one link drops to 1 Mbit/s, to the end", _slow),
-    "machine": Case("a whole machine lost", _lose_machine, lost=True),
-    "rejoin": Case("SIGKILL of one, its launch repeated", _kill_and_restart, returns=True),
-}
 
 
 class Place:
