@@ -26,12 +26,14 @@ class Task:
         train, held_out: Rows.
         make_model: Makes the model anew from a seed, equal on every worker.
         trainer: What the Trainer has to know besides.
+        arguments: Likewise of `LayupConfig`.
     """
 
     train: Dataset
     held_out: Dataset
     make_model: Callable[[int], PreTrainedModel]
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def text(options: argparse.Namespace, state: PartialState) -> Task:
@@ -52,4 +54,5 @@ def images(options: argparse.Namespace, state: PartialState) -> Task:
         model, _, train, held_out = vision.prepare(chosen, data, seed=0)
     classes = list(model.config.id2label.values())
     accuracy = {"compute_metrics": vision.accuracy, "preprocess_logits_for_metrics": vision.most_likely}
-    return Task(train, held_out, lambda seed: vision.make_model(chosen, classes, seed)[0], accuracy)
+    arguments = {name: vision.DEFAULTS[name] for name in ("remove_unused_columns", "average_tokens_across_devices")}
+    return Task(train, held_out, lambda seed: vision.make_model(chosen, classes, seed)[0], accuracy, arguments)

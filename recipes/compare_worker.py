@@ -129,7 +129,6 @@ class Bench:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            remove_unused_columns=False,  # the columns of images are read by what makes pixels of them
             log_level="error",
             ddp_find_unused_parameters=False,
         )
@@ -139,7 +138,7 @@ class Bench:
         """The trainer of one run."""
         trainer = method.trainer(
             model=self.task.make_model(seed),
-            args=self._arguments(seed=seed, **arguments, **method.arguments),
+            args=self._arguments(seed=seed, **(self.task.arguments | arguments | method.arguments)),
             train_dataset=self.task.train,
             eval_dataset=self.task.held_out,
             **self.task.trainer,

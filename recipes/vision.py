@@ -65,6 +65,9 @@ DEFAULTS: dict[str, Any] = {
     "log_level_replica": "error",
     # No parameter goes unused, so DDP need not look for any.
     "ddp_find_unused_parameters": False,
+    # With it, the stock Trainer multiplies the loss by the number of workers, even where the model does not divide it
+    # by the items of all (ResNet).
+    "average_tokens_across_devices": False,
 }
 STEPS = 1500
 IMAGE_SIZE = 28

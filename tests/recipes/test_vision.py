@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,12 +179,19 @@ def test_two_workers_train_a_resnet_whose_statistics_agree_and_ddp_goes_on_with_
     assert {each["label"] for each in answer} == {"top", "middle", "bottom"}
 
     # Two classes instead of three, in columns of other names.
-    others = rows(100, ("b", "a"), Value("string")).rename_columns({"image": "img", "label": "kind"})
+    others = rows(240, ("b", "a"), Value("string")).rename_columns({"image": "img", "label": "kind"})
     other = save(tmp_path / "other", others)
     given = [f"--dataset_name={other}", "--image_column=img", "--label_column=kind", f"--output_dir={folder}-2"]
     given += ["--trainer=ddp", f"--model_name_or_path={folder}"]
     assert "Held-out accuracy" in run(RECIPE, 2, [*SHORT, *given], tmp_path, timeout=140).output
-    assert ResNetForImageClassification.from_pretrained(f"{folder}-2").config.id2label == {0: "a", 1: "b"}
+    named = ModelArguments(model_name_or_path=f"{folder}-2")
+    columns = ImageArguments(dataset_name=other, image_column="img", label_column="kind")
+    model, _, _, held_out = prepare(named, columns, seed=1)
+    assert model.config.id2label == {0: "a", 1: "b"}
+    batch = held_out[:]
+    loss = float(model.eval()(batch["pixel_values"], labels=torch.tensor(batch["labels"])).loss.detach())
+    # Each of the two evaluates its half with its own statistics, so it is not quite the same; nor twice as much.
+    assert json.loads(Path(f"{folder}-2", "results.json").read_text())["eval_loss"] == pytest.approx(loss, rel=0.3)
 
 
 @pytest.mark.timeout(150)
