@@ -12,6 +12,7 @@ from bench_worker import CountingTrainer, load_blocks
 from model import make_config, make_model
 from tokens import collate
 from torch.profiler import ProfilerActivity, profile
+from training import leave_together
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -86,8 +87,7 @@ def main() -> None:
         "waits": watch.waits(),
     }
     (options.folder / f"worker-{state.process_index}.json").write_text(json.dumps([result]))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together(state)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from corpus import load_corpus
 from datasets import Dataset
 from model import make_config, make_model
 from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
+from training import leave_together
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -236,8 +237,7 @@ def main() -> None:
             results.append(result)
             del trainer
     Path(options.folder, f"worker-{state.process_index}.json").write_text(json.dumps(results))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together(state)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from bench import measure
+from training import leave_together
 
 CASES = {"exact": "exact", "nudged": "exact, limit 0.1 % higher", "estimate": "estimate", "none": "no clipping"}
 SPIKE, SPIKE_STEPS, SPIKE_FACTOR = 0.5, 3, 100.0  # where in the run, for how many steps, and what multiplies the loss
@@ -115,8 +116,7 @@ def work(options: argparse.Namespace) -> None:
     ]
     if state.is_main_process:
         Path(options.folder, "worker-0.json").write_text(json.dumps(results))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together(state)
 
 
 # ---- The figures ----

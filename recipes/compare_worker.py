@@ -25,6 +25,7 @@ from compare_tasks import images, text
 from curve import write_results
 from datasets import disable_progress_bars
 from hosts_meters import COUNTERS
+from training import leave_together
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -239,8 +240,7 @@ def main() -> None:
             all_results["runs"].append({**run, "workers": bench.state.num_processes, **result})
             write_results(file, all_results)
             progress(0.0)
-    bench.state.wait_for_everyone()
-    bench.state.destroy_process_group()
+    leave_together(bench.state)
 
 
 if __name__ == "__main__":

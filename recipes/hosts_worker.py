@@ -22,6 +22,7 @@ from hosts_run import GPT2_BYTES_PER_SECOND, read_lines
 from lab import bits_per_second
 from model import make_config, make_model
 from tokens import collate
+from training import leave_together
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -246,9 +247,10 @@ def main() -> None:
     logging.set_verbosity_error()
     bench = Bench(options, rest)
     {"links": links, "loss": loss, "train": train}[options.what](bench)
-    if options.what != "train":
-        bench.state.wait_for_everyone()
-    bench.state.destroy_process_group()
+    if options.what == "train":  # somebody may be missing
+        bench.state.destroy_process_group()
+    else:
+        leave_together(bench.state)
 
 
 if __name__ == "__main__":

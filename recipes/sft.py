@@ -19,6 +19,7 @@ from datasets import Dataset
 from model import make_config, make_model, write_sample
 from peft import LoraConfig
 from tokens import VOCABULARY, cache_folder, cached_tokenizer
+from training import leave_together
 from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
@@ -111,8 +112,7 @@ def main() -> None:
         if isinstance(prompt := held_out[0].get("prompt"), str):
             print(f"\n{write_sample(args.output_dir, prompt, args.device, args.seed)}\n")
         print(f"Held-out loss {loss:.3f}. In {args.output_dir}: the {'adapters' if rank else 'model'}.")
-    args.distributed_state.wait_for_everyone()  # nobody leaves before the first worker is done
-    args.distributed_state.destroy_process_group()
+    leave_together(args.distributed_state)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from bench_worker import CountingTrainer
 from simulate_settings import Settings
 from torch import Tensor, nn
+from training import leave_together
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -134,8 +135,7 @@ def main() -> None:
             }
         )
     (options.folder / f"worker-{state.process_index}.json").write_text(json.dumps(results))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together(state)
 
 
 if __name__ == "__main__":

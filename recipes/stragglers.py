@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from bench import NAMES, measure
+from training import leave_together
 
 SLOWER = 5  # times, in the case `one`
 
@@ -149,8 +150,7 @@ def work(options: argparse.Namespace) -> None:
             if state.is_main_process:
                 print(f"seed {seed} {method} {straggler}: {results[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     Path(options.folder, f"worker-{state.process_index}.json").write_text(json.dumps(results))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together(state)
 
 
 # ---- Tables ----

@@ -1,16 +1,19 @@
 """What recipes share: reading the options, and a training by LayUp or by the stock Trainer from start to end."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import datasets
 import torch
+from accelerate import PartialState
 from curve import TimedLog
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
 
 T = TypeVar("T")
+MOMENT = 0.2  # seconds
 
 
 def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str]) -> Any:
@@ -73,7 +76,15 @@ def train_and_report(
         report(chosen, timed, final)
     if args.push_to_hub:
         chosen.push_to_hub()
-    # Nobody leaves before the first worker has written everything; and a group destroyed right after a
-    # collective operation can deadlock, its thread waiting for the lock of the interpreter.
-    args.distributed_state.wait_for_everyone()
-    args.distributed_state.destroy_process_group()
+    leave_together(args.distributed_state)
+
+
+def leave_together(state: PartialState) -> None:
+    """End the process group when all workers have done everything. Collective.
+
+    Not right after a collective operation: DDP waits, when it ends, with the interpreter's lock for gloo's threads, and
+    these need it to let go of what the operation used. On a busy machine that was a deadlock now and then.
+    """
+    state.wait_for_everyone()
+    time.sleep(MOMENT)
+    state.destroy_process_group()

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from launching import Run, run, shared_memory_files
+from launching import Run, abandoned_shared_memory, run
 
 COMMON = ["--max_steps=12", "--per_device_train_batch_size=4", "--learning_rate=1e-2", "--disable_tqdm=True"]
 
@@ -100,14 +100,14 @@ def assert_ends(started, before, within):
     assert time.monotonic() - begin < within, f"took {time.monotonic() - begin:.0f} s to end"
     assert code != 0
     started.assert_nothing_left()
-    assert shared_memory_files() <= before
+    assert abandoned_shared_memory() <= before
 
 
 LONG = ["--max_steps=100000", "--per_device_train_batch_size=4", "--linger=0.05", "--disable_tqdm=True"]
 
 
 def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path):
-    before = shared_memory_files()
+    before = abandoned_shared_memory()
     started = Run("train.py", 4, [*LONG, "--raise_on_rank=2", f"--output_dir={tmp_path}/out"], tmp_path)
     started.wait_for("rank 2 made step 5")
     assert_ends(started, before, within=30)
@@ -116,7 +116,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path):
 
 
 def test_sigkill_of_one_rank_ends_all(tmp_path):
-    before = shared_memory_files()
+    before = abandoned_shared_memory()
     started = Run("train.py", 4, [*LONG, f"--output_dir={tmp_path}/out"], tmp_path)
     started.wait_for("made step 3", times=4)
     started.worker(1).send_signal(signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_sigkill_of_one_rank_ends_all(tmp_path):
 
 
 def test_ctrl_c_ends_all(tmp_path):
-    before = shared_memory_files()
+    before = abandoned_shared_memory()
     started = Run("train.py", 2, [*LONG, f"--output_dir={tmp_path}/out"], tmp_path)
     started.wait_for("made step 3", times=2)
     for process in started.members():  # a terminal sends Ctrl-C to the whole foreground group
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_all(tmp_path):
 
 
 def test_workers_with_different_models_are_all_told(tmp_path):
-    before = shared_memory_files()
+    before = abandoned_shared_memory()
     started = Run("train.py", 2, [*LONG, "--other_model_on_rank=1", f"--output_dir={tmp_path}/out"], tmp_path)
     assert_ends(started, before, within=90)
     assert "Worker 1 has a different model than worker 0" in started.output
