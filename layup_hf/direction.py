@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,18 +82,12 @@ class Direction:
                 with self._other_beta(beta1, lead, age + 1):
                     yield
                 torch._foreach_lerp_(first, gradients, -lead / (1 - lead))
-                return
-            if lengths is not None:
-                lengths = list(itertools.compress(lengths, is_stepped))
-            ahead = self._ahead(first, gradients, lead, lengths, beta1)
-            for state, a in zip(states, ahead, strict=True):
-                state["exp_avg"] = a
-            try:
-                yield
-            finally:
-                for state, m in zip(states, first, strict=True):
-                    state["exp_avg"] = m
-            torch._foreach_lerp_(first, gradients, 1 - beta1)
+            else:
+                if lengths is not None:
+                    lengths = list(itertools.compress(lengths, is_stepped))
+                with _other_moments(states, self._ahead(first, gradients, lead, lengths, beta1)):
+                    yield
+                torch._foreach_lerp_(first, gradients, 1 - beta1)
 
     @contextlib.contextmanager
     def _other_beta(self, beta1: float, lead: float, steps: int) -> Iterator[None]:
@@ -167,3 +162,16 @@ class Direction:
         finally:
             if isinstance(scale, Tensor):
                 self._optimizer.grad_scale = scale
+
+
+@contextlib.contextmanager
+def _other_moments(states: list[dict[str, Any]], ahead: list[Tensor]) -> Iterator[None]:
+    """AdamW finds other first moments in these states; see `Direction`."""
+    first = [state["exp_avg"] for state in states]
+    for state, a in zip(states, ahead, strict=True):
+        state["exp_avg"] = a
+    try:
+        yield
+    finally:
+        for state, m in zip(states, first, strict=True):
+            state["exp_avg"] = m

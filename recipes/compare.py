@@ -271,12 +271,11 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of the hosts' links")
     parser.add_argument("--folder", type=Path, help="bench-output/compare by default, or bench-output/compare-quick")
     options = parser.parse_args()
-    for name in OF_TEXT if options.images else OF_IMAGES:
+    of_text = ("text", OF_IMAGES, "name a model with --images")
+    kind, others, remedy = ("images", OF_TEXT, "leave out --images") if options.images else of_text
+    for name in others:
         if getattr(options, name) is not None:
-            remedy = "leave out --images" if options.images else "name a model with --images"
-            parser.error(
-                f"--{name} is of no use for {'images' if options.images else 'text'}: leave it out, or {remedy}"
-            )
+            parser.error(f"--{name} is of no use for {kind}: leave it out, or {remedy}")
     folder = Path("bench-output", "compare-quick" if options.quick else "compare")
     task = {"config_overrides": ""} if options.images else QUICK_TEXT if options.quick else TEXT
     for name, value in {"folder": folder, **task, **(QUICK if options.quick else DEFAULTS)}.items():

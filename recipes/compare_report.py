@@ -119,6 +119,11 @@ def beside_ddp(mine: dict[int, Run], ddp: dict[int, Run]) -> list[str]:
     return [f"{ratio:.4f}", f"{mean:.1f}", f"{median:.2f}"]
 
 
+def completed(runs: dict[int, Run]) -> list[Run]:
+    """Those of a method's best runs that have come to their end."""
+    return [run for run in runs.values() if run["failure"] is None]
+
+
 def mean_of(runs: list[Run], figure: str) -> float | None:
     """Of those runs that have the figure; None if there are none."""
     values = [run[figure] for run in runs if run.get(figure) is not None]
@@ -131,7 +136,7 @@ def costs(runs: list[Run], method: str, seed: int) -> dict[str, float | None]:
     Args:
         seed: For which the grid has been run.
     """
-    done = [run for run in best_runs(runs, method, seed).values() if run["failure"] is None]
+    done = completed(best_runs(runs, method, seed))
     on_link = mean_of(done, "link_bytes_per_step")
     return {
         "bytes": mean_of(done, "bytes_per_step") if on_link is None else on_link,
@@ -150,7 +155,7 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
     if not mine:
         failures = [run["failure"] for run in training_runs(runs, method) if run["failure"]]
         return [NAMES[method], NONE, (failures or ["not run"])[-1].splitlines()[-1], *[NONE] * (len(HEADS) - 3)]
-    done = [run for run in mine.values() if run["failure"] is None]
+    done = completed(mine)
 
     accuracy, cost = mean_of(done, "accuracy"), costs(runs, method, seed)
     recognised = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
@@ -178,8 +183,8 @@ def table(results: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     seeds = ", ".join(map(str, settings["seeds"]))
     choice = "the mean over seeds" if settings.get("whole_grid") else f"seed {seed}"
-    of_images = f"images by a {settings['images']}" if settings.get("images") else ""
-    kind = of_images or f"samples of {settings['block_size']} tokens"
+    images = settings.get("images")
+    kind = f"images by a {images}" if images else f"samples of {settings['block_size']} tokens"
     link = f"hosts joined by links of {settings['rate']}" if settings["hosts"] else "workers on one host"
     lines = [
         f"{settings['workers']} {link}; {size:,} parameters; {settings['steps']} steps of {settings['batch_size']} "
@@ -201,7 +206,10 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     for key in ("samples", "seconds", "costs"):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        draw_costs(results, figure) if key == "costs" else draw_curves(results, key, figure)
+        if key == "costs":
+            draw_costs(results, figure)
+        else:
+            draw_curves(results, key, figure)
         figure.savefig(folder / f"compare-{key}.png", dpi=110)
         print(f"Drawn: {folder / f'compare-{key}.png'}")
 

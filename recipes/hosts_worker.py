@@ -22,7 +22,7 @@ from hosts_run import GPT2_BYTES_PER_SECOND, read_lines
 from lab import bits_per_second
 from model import make_config, make_model
 from tokens import collate
-from training import leave_together
+from training import leave, leave_together
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -248,7 +248,7 @@ def main() -> None:
     bench = Bench(options, rest)
     {"links": links, "loss": loss, "train": train}[options.what](bench)
     if options.what == "train":  # somebody may be missing
-        bench.state.destroy_process_group()
+        leave(bench.state)
     else:
         leave_together(bench.state)
 

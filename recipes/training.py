@@ -80,11 +80,16 @@ def train_and_report(
 
 
 def leave_together(state: PartialState) -> None:
-    """End the process group when all workers have done everything. Collective.
+    """End the process group when all workers have done everything. Collective."""
+    state.wait_for_everyone()
+    leave(state)
+
+
+def leave(state: PartialState) -> None:
+    """End the process group, for this worker.
 
     Not right after a collective operation: DDP waits, when it ends, with the interpreter's lock for gloo's threads, and
     these need it to let go of what the operation used. On a busy machine that was a deadlock now and then.
     """
-    state.wait_for_everyone()
     time.sleep(MOMENT)
     state.destroy_process_group()
