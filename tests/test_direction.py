@@ -86,8 +86,9 @@ def test_adamw_keeps_its_own_moments(options, lengths):
         plain.step(gradients, directed=False)
     for name in ("exp_avg", "exp_avg_sq", "step"):
         for mine, theirs in zip(ahead.moments(name), plain.moments(name), strict=True):
-            assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)  # a fused step rounds otherwise
             is_found_again = name == "exp_avg" and lengths is None
+            rounding = 1e-6 if is_found_again else 1e-7  # a fused step rounds otherwise, too
+            assert torch.allclose(mine, theirs, rtol=1e-5, atol=rounding)
             assert torch.equal(mine, theirs) or is_found_again or options.get("fused")
     assert ahead.optimizer.param_groups[0] | {"params": []} == plain.optimizer.param_groups[0] | {"params": []}
     assert not torch.allclose(ahead.model[0], plain.model[0], rtol=1e-3)

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from launching import Run, abandoned_shared_memory, run
+from launching import Run, abandoned_shared_memory, assert_no_memory_abandoned_since, run
 
 COMMON = ["--max_steps=12", "--per_device_train_batch_size=4", "--learning_rate=1e-2", "--disable_tqdm=True"]
 
@@ -100,7 +100,7 @@ def assert_ends(started, before, within):
     assert time.monotonic() - begin < within, f"took {time.monotonic() - begin:.0f} s to end"
     assert code != 0
     started.assert_nothing_left()
-    assert abandoned_shared_memory() <= before
+    assert_no_memory_abandoned_since(before)
 
 
 LONG = ["--max_steps=100000", "--per_device_train_batch_size=4", "--linger=0.05", "--disable_tqdm=True"]

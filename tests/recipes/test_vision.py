@@ -168,7 +168,7 @@ def test_two_workers_train_a_resnet_whose_statistics_agree_and_ddp_goes_on_with_
         assert torch.equal(statistics, second[name])
         assert torch.equal(statistics.cpu(), saved[name])
         untouched = torch.zeros_like(statistics) if name.endswith("running_mean") else torch.ones_like(statistics)
-        assert torch.isclose(statistics, untouched).float().mean() < 0.2, name  # one may come back by chance
+        assert torch.isclose(statistics, untouched).sum() <= 1, name  # one may come back by chance
 
     results = json.loads((folder / "results.json").read_text())
     assert (results["trainer"], results["world_size"], results["steps"], results["images_seen"]) == ("layup", 2, 4, 64)
