@@ -6,10 +6,12 @@ import importlib.util
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .adam import is_plain_adam
 from .straggler import StragglerConfig
 
 _UNSTEPPABLE = {
@@ -178,11 +180,11 @@ def check_runtime(trainer: Any) -> None:
     chooses = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None  # by `optim`, when training begins
     fits = args.optim == OptimizerNames.ADAMW_TORCH_FUSED or getattr(args, "clip", "estimate") == "exact"
     if trainer.accelerator.scaler is not None and chooses and not fits:
-        raise ValueError(cannot_skip(f"optim={args.optim.value!r}"))
-    if chooses and getattr(args, "second_moment", "auto") == "mean" and args.optim not in _TORCH_ADAMW:
-        raise ValueError(cannot_step_by_mean(f"optim={args.optim.value!r}"))
-    if chooses and getattr(args, "nesterov", "auto") == "on" and args.optim not in _TORCH_ADAMW:
-        raise ValueError(cannot_look_ahead(f"optim={args.optim.value!r}"))
+        raise ValueError(_cannot_skip(f"optim={args.optim.value!r}"))
+    if chooses and args.optim not in _TORCH_ADAMW:
+        _refuse_what_needs_adamw(args, f"optim={args.optim.value!r}")
+    if trainer.optimizer is not None:
+        check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
@@ -214,28 +216,40 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def cannot_skip(optimizer: str) -> str:
-    """Why this optimizer cannot step by block while the loss is scaled, and what to do."""
+def check_optimizer(optimizer: torch.optim.Optimizer, args: TrainingArguments, scaler: Any) -> None:
+    """Refuse an optimizer that cannot do what the options ask of it.
+
+    Args:
+        optimizer: The user's own, or what the Trainer has made.
+        args: The Trainer's.
+        scaler: Of the loss, or None.
+
+    Raises:
+        ValueError: Naming the option and the remedy.
+    """
+    name = type(optimizer).__name__
+    clips_exactly = getattr(args, "clip", "estimate") == "exact"
+    if scaler is not None and not clips_exactly and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(_cannot_skip(name))
+    if not is_plain_adam(optimizer):
+        _refuse_what_needs_adamw(args, name)
+
+
+def _cannot_skip(optimizer: str) -> str:
     return (
         f"`fp16` and {optimizer} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
         "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or `bf16`."
     )
 
 
-_PLAIN = (
-    "it needs torch's AdamW without `amsgrad` and `maximize`, with one pair of betas, of which the first is not 0 (or "
-    "such an Adam without weight decay). Use `optim='adamw_torch'`"
-)
-
-
-def cannot_step_by_mean(optimizer: str) -> str:
-    """Why this optimizer cannot have the mean's second moment, and what to do."""
-    return f"`second_moment='mean'` and {optimizer} exclude each other: {_PLAIN}, or leave `second_moment` at 'auto'."
-
-
-def cannot_look_ahead(optimizer: str) -> str:
-    """Why this optimizer cannot step by Nesterov's momentum, and what to do."""
-    return f"`nesterov='on'` and {optimizer} exclude each other: {_PLAIN}, or leave `nesterov` at 'auto'."
+def _refuse_what_needs_adamw(args: TrainingArguments, optimizer: str) -> None:
+    for option, value in (("second_moment", "mean"), ("nesterov", "on")):
+        if getattr(args, option, "auto") == value:
+            raise ValueError(
+                f"`{option}={value!r}` and {optimizer} exclude each other: it needs torch's AdamW without `amsgrad` "
+                "and `maximize`, with one pair of betas, of which the first is not 0 (or such an Adam without weight "
+                f"decay). Use `optim='adamw_torch'`, or leave `{option}` at 'auto'."
+            )
 
 
 def check_data(dataset: Any, args: TrainingArguments) -> None:

@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from .arrival import ArrivalEngine
 from .blocks import Block
-from .checks import cannot_step_by_mean
 from .gossip import GossipEngine
 from .ledger import Ledger
 from .moments import MeanMoments
@@ -73,14 +72,11 @@ class Exchange:
 
     def _share_moments(self) -> None:
         """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective."""
-        wanted = getattr(self.args, "second_moment", "auto")
-        if wanted == "own":
+        if getattr(self.args, "second_moment", "auto") == "own":
             return
         rank, optimizer = self.args.process_index, self._block_optimizer.inner
         near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
         self._moments = MeanMoments.open(self._blocks, optimizer, rank, near, _gather, seed=self.args.seed)
-        if self._moments is None and wanted == "mean":
-            raise ValueError(cannot_step_by_mean(type(optimizer).__name__))
 
     def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .adam import is_plain_adam
 from .bias import GradientBias
 from .blocks import Block, split_into_blocks
-from .checks import cannot_look_ahead, cannot_skip
+from .checks import check_optimizer
 from .clipping import BlockClipper
 from .compiling import CompiledLayers, compile_options, nothing_compiled
 from .direction import Direction
@@ -73,18 +73,25 @@ class BlockSteps:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, BlockOptimizer) else None
 
-    def _start_block_steps(self) -> None:
-        optimizer, scaler = self._block_optimizer, self.accelerator.scaler
-        clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
-        optimizer.scaler, optimizer.keeps_gradients = (scaler, False) if clips else (None, True)
-        if clips and optimizer.sees_gradients:
+    def _check_block_steps(self) -> None:
+        """Refuse what blocks cannot be stepped by: on every worker, before any of them waits for another.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        optimizer = self._block_optimizer
+        check_optimizer(optimizer.inner, self.args, self.accelerator.scaler)
+        if optimizer.sees_gradients and not self._clips_exactly:
             raise ValueError(
                 "A hook of `register_step_pre_hook` and `clip='estimate'` exclude each other: blocks step in backward, "
                 "so there is no whole gradient to be seen before the step. Set `clip='exact'`."
             )
+
+    def _start_block_steps(self) -> None:
+        optimizer, scaler = self._block_optimizer, self.accelerator.scaler
+        clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
+        optimizer.scaler, optimizer.keeps_gradients = (scaler, False) if clips else (None, True)
         if optimizer.scaler is not None:
-            if not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
-                raise ValueError(cannot_skip(type(optimizer.inner).__name__))
             scaler.scale(torch.zeros((), device=self.args.device))  # gives it a scale
             scaler.update(scaler.get_scale())  # and lets it forget a step that memory ran out in
         self._clipper = clipper = BlockClipper(
@@ -138,15 +145,9 @@ class BlockSteps:
             logger.info(f"{len(self._layers)} layers are compiled one by one; what is in no layer is not compiled.")
 
     def _choose_direction(self) -> Direction | None:
-        """What AdamW is to step by; None where that is as AdamW has it, or the optimizer is another.
-
-        Raises:
-            ValueError: It is to look ahead and cannot.
-        """
+        """What AdamW is to step by; None where that is as AdamW has it, or the optimizer is another."""
         optimizer, wanted = self._block_optimizer.inner, getattr(self.args, "nesterov", "auto")
         if not is_plain_adam(optimizer):
-            if wanted == "on":
-                raise ValueError(cannot_look_ahead(type(optimizer).__name__))
             return None
         looks_ahead = wanted == "on" or (wanted == "auto" and self._goes_by_clock)
         if looks_ahead:

@@ -102,6 +102,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._stop_gossip()
         self._require_same_parameters()
+        self._check_block_steps()
         self._facts = report.RunFacts(self._workers, len(self._blocks))
         if self._goes_by_clock:
             self._start_gossip()

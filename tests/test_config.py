@@ -1,10 +1,12 @@
 """Every option that cannot work is refused by name, with a remedy; everything else is accepted."""
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DistributedType
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
@@ -296,9 +298,38 @@ def test_an_optimizer_that_cannot_skip_a_block_is_refused_with_loss_scaling():
     check_runtime(trainer(optim=OptimizerNames.SGD))
     scaled = {"precision": "fp16", "scaler": object(), "optim": OptimizerNames.SGD}
     check_runtime(trainer(**scaled, clip="exact"))
-    check_runtime(trainer(**scaled, optimizer=object()))  # the user's own: seen when training begins
+    check_runtime(trainer(**scaled, optimizer_cls_and_kwargs=(torch.optim.SGD, {})))  # seen when training begins
     with pytest.raises(ValueError, match=r"`fp16` and optim='sgd' exclude each other.*adamw_torch_fused.*exact.*bf16"):
         check_runtime(trainer(**scaled))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales", "options", "message"),
+    [
+        (
+            torch.optim.SGD,
+            False,
+            {"nesterov": "on"},
+            r"`nesterov='on'` and SGD exclude each other.*adamw_torch.*'auto'",
+        ),
+        (
+            torch.optim.SGD,
+            False,
+            {"second_moment": "mean"},
+            r"`second_moment='mean'` and SGD exclude each other.*'auto'",
+        ),
+        (torch.optim.SGD, True, {}, r"`fp16` and SGD exclude each other with `clip='estimate'`.*exact"),
+        (torch.optim.AdamW, False, {"nesterov": "on", "second_moment": "mean"}, None),
+        (torch.optim.SGD, True, {"clip": "exact"}, None),
+    ],
+)
+def test_an_optimizer_of_the_users_is_refused_at_construction(kind, scales, options, message):
+    scaler = object() if scales else None
+    given = trainer(optimizer=kind([torch.zeros(2, requires_grad=True)], lr=0.1), scaler=scaler)
+    vars(given.args).update(options)
+    refusal = pytest.raises(ValueError, match=message) if message else contextlib.nullcontext()
+    with refusal:
+        check_runtime(given)
 
 
 def test_batches_out_of_order_are_refused_where_they_are_shared(arguments):

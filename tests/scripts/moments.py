@@ -1,6 +1,6 @@
 """Trains with every way to keep and use moments, one after the other, and writes what workers made of them.
 
-Cases are options of LayupConfig, with `optimizer=sgd` for a user's own optimizer.
+Cases are options of LayupConfig, with `optimizer=sgd` for one that the Trainer makes when training begins.
 """
 
 import os
@@ -32,11 +32,15 @@ def run_case(options):
     own = named.pop("optimizer", None)
     config = arguments(os.environ["LAYUP_TEST_RESULTS"], max_steps=40, warmup_steps=10, **named)
     model, watch = gpt2(), Watch()
-    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None) if own else (None, None)
+    made_later = (torch.optim.SGD, {"lr": 0.1}) if own else None
     result = {"rank": config.process_index, "failure": None}
     try:
         watch.trainer = trainer = LayupTrainer(
-            model=model, args=config, train_dataset=text(320), callbacks=[watch], optimizers=optimizers
+            model=model,
+            args=config,
+            train_dataset=text(320),
+            callbacks=[watch],
+            optimizer_cls_and_kwargs=made_later,
         )
         result["loss"] = trainer.train().training_loss
     except ValueError as error:
