@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import signal
@@ -26,6 +25,7 @@ from .clock import ProgressClock, WorkerFailure
 from .consensus import reach_consensus
 from .eras import Eras
 from .exchange import Exchange
+from .group import end_group_at_exit
 from .hub import HubPushes
 from .logs import Logs
 from .loop import ClockedLoop
@@ -81,6 +81,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
         self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
         with self._preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
+        end_group_at_exit()
         check_runtime(self)
         check_model(self.model, self.args)
         check_data(self.train_dataset, self.args)
@@ -152,8 +153,6 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
             self._stop_gossip()
             self._preemption.remove()
         if self._ends_early and self._preemption.ends_process:
-            # Left to the end of the interpreter, gloo's threads may abort the process, with another exit code.
-            atexit.register(PartialState().destroy_process_group)
             raise SystemExit(128 + signal.SIGTERM)
         return output
 

@@ -1,5 +1,6 @@
 """Merging at any moment: no update lost, mass conserved, and a pause is one."""
 
+import math
 import threading
 import time
 
@@ -175,5 +176,5 @@ def test_a_run_of_several_workers_measures_its_bias(merge_at, tmp_path):
         assert set(biases) == {0.0}
     else:
         assert max(biases) > 0
-        assert max(biases) < 1
+        assert all(map(math.isfinite, biases))
         assert any(entry.get("layup/merges", 0) > 0 for entry in results[0]["logs"])

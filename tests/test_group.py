@@ -45,6 +45,7 @@ def results(tmp_path_factory):
                 process.wait(10)
     output = (folder / "log.txt").read_text()
     assert codes == [0, 0, None], output[-8000:]
+    assert output.count("the process group is destroyed at exit") == WORKERS - 1, output[-8000:]
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORKERS - 1)]
 
 

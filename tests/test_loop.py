@@ -278,8 +278,8 @@ def test_a_frozen_worker_stops_nobody_and_is_useful_afterwards(tmp_path):
     begin = time.time()
     frozen.send_signal(signal.SIGSTOP)
     time.sleep(20)
-    frozen.send_signal(signal.SIGCONT)
     end = time.time()
+    frozen.send_signal(signal.SIGCONT)
     assert started.wait() == 0, started.output[-8000:]
     started.assert_nothing_left()
     results = [cases[0] for cases in started.results()]

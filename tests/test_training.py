@@ -81,7 +81,9 @@ def test_accumulation_checkpointing_and_bf16_together(workers, tmp_path):
         "--peers_per_step=1",
         "--logging_steps=4",
     ]
-    for result in run("train.py", workers, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path).results():
+    ended = run("train.py", workers, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path)
+    assert ended.output.count("the process group is destroyed at exit") == workers
+    for result in ended.results():
         assert result["same_at_end"]
         assert result["consensus"][-1]["mass_exact"]
         assert set(result["collectives_between_meetings"]) == {0}

@@ -1,8 +1,10 @@
 """What scripts that tests launch have in common: cases one after the other, results, and a count of collectives."""
 
+import atexit
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,11 @@ from accelerate.utils import gather_object
 
 collectives: Counter[str] = Counter()
 """Calls by name since the last `clear()`, once `count_collectives()` has been called."""
+
+
+@atexit.register  # before there is a trainer, so it comes after whatever a trainer leaves for the end
+def say_whether_the_group_is_left() -> None:
+    print(f"the process group is {'left' if torch.distributed.is_initialized() else 'destroyed'} at exit", flush=True)
 
 
 def count_collectives() -> None:
@@ -46,5 +53,15 @@ def run_cases(run_case: Callable[[list[str]], dict[str, Any]]) -> None:
             cases[-1].append(argument)
     results = [run_case(options) for options in cases]
     write_result(results[0]["rank"], results)
+    leave()
+
+
+def leave() -> None:
+    """End the process group, if there is one, a moment after the last collective.
+
+    DDP, where a case trains by that, waits with the interpreter's lock for gloo's threads, which need it to let go of
+    what the collective used.
+    """
     if torch.distributed.is_initialized():
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()

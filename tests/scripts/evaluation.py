@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from evaluations import EVALUATIONS, EVEN, ODD, accuracy, results
 from stock import gpt2
 from transformers import EarlyStoppingCallback, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
-from worker import same_everywhere, write_result
+from worker import leave, same_everywhere, write_result
 
 from layup_hf import LayupConfig, LayupTrainer
 
@@ -97,4 +97,4 @@ for name, evaluation in EVALUATIONS.items():
 if rank == 0:
     model.save_pretrained(folder / "model")
 write_result(rank, result)
-config.distributed_state.destroy_process_group()
+leave()

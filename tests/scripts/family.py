@@ -39,7 +39,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     TrainerCallback,
 )
-from worker import collectives, count_collectives, same_everywhere, write_result
+from worker import collectives, count_collectives, leave, same_everywhere, write_result
 
 from layup_hf import LayupConfig, LayupMixin, LayupOptions, LayupTrainer
 
@@ -315,4 +315,4 @@ rank = PartialState(cpu=True).process_index
 count_collectives()
 results = {name: globals()[name]() for name in sys.argv[2:]}
 write_result(rank, results)
-torch.distributed.destroy_process_group()
+leave()

@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from torch.distributed import HashStore, TCPStore
 from worker import write_result
 
-from layup_hf.group import Group, is_of_group
+from layup_hf.group import Group, end_group_at_exit, is_of_group
 
+end_group_at_exit()
 rank, workers, port = (int(argument) for argument in sys.argv[1:])
 store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
 torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -6,7 +6,7 @@ from accelerate.utils import gather_object
 from fleet import FirstPeers, apply_operation
 from reference import random_schedule
 from torch import nn
-from worker import write_result
+from worker import leave, write_result
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.consensus import reach_consensus
@@ -40,4 +40,4 @@ result["masses_after"] = [[int(units) for units in row] for row in windows.ledge
 state.wait_for_everyone()
 windows.close()
 write_result(rank, result)
-state.destroy_process_group()
+leave()

@@ -107,4 +107,5 @@ if rank == 0:
     result["saved_is_model"] = torch.equal(values(GPT2LMHeadModel.from_pretrained(config.output_dir)), values(model))
 result["hooks_left"] = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 write_result(rank, result)
-trainer.end()
+if world_size == 2:
+    trainer.end()  # else it is left to the exit

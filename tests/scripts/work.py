@@ -3,7 +3,6 @@
 Several cases, with `--then` between their options, run one after the other in the same processes.
 """
 
-import atexit
 import time
 from dataclasses import dataclass
 
@@ -167,11 +166,6 @@ def run_case(options):
         "max_steps": trainer.state.max_steps,
         "logs": trainer.state.log_history,
     }
-
-
-@atexit.register  # before training begins, so it comes after whatever training leaves for the end
-def say_whether_the_group_is_left() -> None:
-    print(f"the process group is {'left' if torch.distributed.is_initialized() else 'destroyed'} at exit", flush=True)
 
 
 run_cases(run_case)
