@@ -103,8 +103,10 @@ def test_killed_while_a_checkpoint_is_replaced_the_old_one_is_there_at_the_next_
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_to_publish)
+    last = SAVING | {"save_steps": 5}  # with others before it, the old one would be rotated away if they take long
     with pytest.raises(KeyboardInterrupt):
-        LayupTrainer(model=gpt2(), args=arguments(tmp_path, **SAVING), train_dataset=text()).train()
+        LayupTrainer(model=gpt2(), args=arguments(tmp_path, **last), train_dataset=text()).train()
+    assert list((tmp_path / UNFINISHED).glob("replaced-*"))
     monkeypatch.undo()
     assert not (tmp_path / "checkpoint-5").exists()
     LayupTrainer(model=gpt2(), args=arguments(tmp_path), train_dataset=text()).train()
