@@ -24,7 +24,7 @@ def starter():
     yield process
     process.stdin.close()
     process.stdout.close()
-    process.wait(10)
+    process.wait(60)
 
 
 class Workers:
