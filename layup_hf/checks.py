@@ -177,14 +177,11 @@ def check_runtime(trainer: Any) -> None:
             f"`fp16` on a {args.device.type} device and LayUp exclude each other: accelerate scales no loss there. Use "
             "`bf16`, or `--mixed_precision bf16` if the launcher asks for it."
         )
-    chooses = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None  # by `optim`, when training begins
-    fits = args.optim == OptimizerNames.ADAMW_TORCH_FUSED or getattr(args, "clip", "estimate") == "exact"
-    if trainer.accelerator.scaler is not None and chooses and not fits:
-        raise ValueError(_cannot_skip(f"optim={args.optim.value!r}"))
-    if chooses and args.optim not in _TORCH_ADAMW:
-        _refuse_what_needs_adamw(args, f"optim={args.optim.value!r}")
     if trainer.optimizer is not None:
         check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
+    elif trainer.optimizer_cls_and_kwargs is None:  # it is made by `optim`, when training begins
+        skips, is_adamw = args.optim == OptimizerNames.ADAMW_TORCH_FUSED, args.optim in _TORCH_ADAMW
+        _refuse_optimizer(f"optim={args.optim.value!r}", args, trainer.accelerator.scaler, skips, is_adamw)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
@@ -227,26 +224,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer, args: TrainingArguments, s
     Raises:
         ValueError: Naming the option and the remedy.
     """
-    name = type(optimizer).__name__
-    clips_exactly = getattr(args, "clip", "estimate") == "exact"
-    if scaler is not None and not clips_exactly and not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(_cannot_skip(name))
-    if not is_plain_adam(optimizer):
-        _refuse_what_needs_adamw(args, name)
+    skips = getattr(optimizer, "_step_supports_amp_scaling", False)
+    _refuse_optimizer(type(optimizer).__name__, args, scaler, skips, is_plain_adam(optimizer))
 
 
-def _cannot_skip(optimizer: str) -> str:
-    return (
-        f"`fp16` and {optimizer} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
-        "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or `bf16`."
-    )
-
-
-def _refuse_what_needs_adamw(args: TrainingArguments, optimizer: str) -> None:
+def _refuse_optimizer(name: str, args: TrainingArguments, scaler: Any, skips: bool, is_adamw: bool) -> None:
+    """For an optimizer that there is, and for one that is yet to be made."""
+    if scaler is not None and not skips and getattr(args, "clip", "estimate") != "exact":
+        raise ValueError(
+            f"`fp16` and {name} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
+            "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or "
+            "`bf16`."
+        )
     for option, value in (("second_moment", "mean"), ("nesterov", "on")):
-        if getattr(args, option, "auto") == value:
+        if getattr(args, option, "auto") == value and not is_adamw:
             raise ValueError(
-                f"`{option}={value!r}` and {optimizer} exclude each other: it needs torch's AdamW without `amsgrad` "
+                f"`{option}={value!r}` and {name} exclude each other: it needs torch's AdamW without `amsgrad` "
                 "and `maximize`, with one pair of betas, of which the first is not 0 (or such an Adam without weight "
                 f"decay). Use `optim='adamw_torch'`, or leave `{option}` at 'auto'."
             )

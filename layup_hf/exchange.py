@@ -71,12 +71,22 @@ class Exchange:
         )
 
     def _share_moments(self) -> None:
-        """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective."""
-        if getattr(self.args, "second_moment", "auto") == "own":
+        """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective.
+
+        Raises:
+            ValueError: It is to and cannot, as another worker's optimizer is of another kind.
+        """
+        wanted = getattr(self.args, "second_moment", "auto")
+        if wanted == "own":
             return
         rank, optimizer = self.args.process_index, self._block_optimizer.inner
         near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
         self._moments = MeanMoments.open(self._blocks, optimizer, rank, near, _gather, seed=self.args.seed)
+        if self._moments is None and wanted == "mean":
+            raise ValueError(
+                "`second_moment='mean'` and the optimizer of another worker exclude each other: give all workers the "
+                "same, or leave `second_moment` at 'auto'."
+            )
 
     def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""

@@ -1,6 +1,7 @@
 """Second moments of the mean gradient: the noise is found, and steps are longer by as much."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import layup_hf.moments
 from layup_hf.blocks import split_into_blocks
 from layup_hf.direction import Direction
+from layup_hf.exchange import Exchange
 from layup_hf.moments import MEASURE_EVERY, MeanMoments
 
 ROWS, WIDTH = 4, 200
@@ -268,6 +270,14 @@ def test_otherwise_second_moments_are_each_workers_own(real, case):
         assert mine["failure"] is None
         assert mine["length"] is None
         assert mine["same"]
+
+
+def test_another_workers_optimizer_is_no_reason_to_do_without_the_mean_silently(monkeypatch):
+    monkeypatch.setattr(MeanMoments, "open", lambda *given, **options: None)  # as where a peer has another optimizer
+    args = SimpleNamespace(second_moment="mean", process_index=0, world_size=2, seed=0)
+    parts = {"_blocks": [], "_ledger": SimpleNamespace(remote=()), "_block_optimizer": SimpleNamespace(inner=None)}
+    with pytest.raises(ValueError, match=r"`second_moment='mean'` and the optimizer of another worker .*'auto'"):
+        Exchange._share_moments(SimpleNamespace(args=args, **parts))
 
 
 def test_an_optimizer_that_cannot_is_refused_where_the_mean_is_asked_for(real):
