@@ -1,6 +1,7 @@
 """Other Trainers made into LayUp ones: Seq2SeqTrainer, TRL's trainers, models of PEFT."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -166,7 +167,8 @@ def test_sft_learns_and_logs_its_own_metrics(two, case):
             assert entry["num_tokens"] > 0
         evaluations = entries(result, "eval_loss")
         assert all(entry["eval_entropy"] > 0 for entry in evaluations)
-        assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+        untrained = math.log(llama().config.vocab_size)
+        assert evaluations[-1]["eval_loss"] < untrained - 0.3  # from one evaluation to the next it may rise
 
 
 def test_sft_with_a_slow_worker(two):
