@@ -75,7 +75,7 @@ def test_untied_head_is_in_the_last_block(name):
 
 
 @given(name=st.sampled_from(sorted(CAUSAL)), layers=st.integers(1, 4), tied=st.booleans(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_set_of_frozen_parameters_is_left_out(name, layers, tied, data):
     model = CAUSAL[name](layers=layers, tied=tied)
     parameters = list(model.parameters())
@@ -94,7 +94,7 @@ def test_any_set_of_frozen_parameters_is_left_out(name, layers, tied, data):
 
 
 @given(layers=st.integers(1, 12))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_the_number_of_blocks_follows_the_number_of_layers(layers):
     names = [block.name for block in split_into_blocks(gpt2(layers))]
     assert names == ["embeddings", *(f"transformer.h.{number}" for number in range(layers)), "head"]

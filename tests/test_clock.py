@@ -31,7 +31,7 @@ def launcher(monkeypatch):
 # ---- Draws ----
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(workers=st.lists(st.integers(0, 4), max_size=40), start=st.integers(0, 2**40))
 def test_draws_are_consecutive_over_all_workers(workers, start):
     everybody = clocks(5, start)
@@ -104,7 +104,7 @@ def test_several_calls_are_answered_at_once():
     assert not any(clock.called for clock in everybody)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["draw", "look", "call_meeting", "answer_calls"]), st.integers(0, 2))))
 def test_calls_and_answers_never_change_what_is_drawn(actions):
     everybody, drawn, has_call = clocks(3), 0, False

@@ -47,7 +47,7 @@ def gradients_of(worker, steps, seed=2):
     return [[torch.randn(p.shape, generator=generator).to(p.dtype) for p in worker.model] for _ in range(steps)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     steps=st.integers(1, 40),
     beta1=st.sampled_from([0.5, 0.8, 0.9, 0.95]),

@@ -78,7 +78,7 @@ class Fleet:
 
 
 @pytest.mark.parametrize("distant", [False, True], ids=["one host", "several hosts"])
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     workers=st.integers(2, 4),
     moves=st.integers(0, 60),

@@ -30,7 +30,7 @@ def assert_same(fleet, simulation):
             assert ledger.untaken(block.index) == simulation.untaken(worker, block.index)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(world_size=st.integers(2, 5), length=st.integers(1, 150), seed=st.integers(0, 2**31))
 def test_engine_equals_simulation_bitwise(world_size, length, seed):
     fleet = Fleet(make_models(world_size))

@@ -68,7 +68,7 @@ actions = st.lists(
 
 
 @given(workers=st.integers(2, 4), actions=actions, below_wrap=st.sampled_from([None, 0, 1, 2**39, UNIT]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_sequence_of_offers_and_takes_conserves_mass(workers, actions, below_wrap):
     """`below_wrap`: the counters start that far below 2**64, so that they wrap."""
     counter = 0 if below_wrap is None else MODULUS - 1 - below_wrap

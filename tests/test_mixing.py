@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from layup_hf.mixing import MODULUS, UNIT, difference, merge_weight, share
@@ -14,7 +14,6 @@ words = st.integers(0, MODULUS - 1)
 
 
 @given(own=st.integers(0, MODULUS - 1), receivers=st.integers(1, 1000))
-@settings(deadline=None)
 def test_share_never_gives_more_than_there_is_and_keeps_at_least_as_much(own, receivers):
     units = share(own, receivers)
     remainder = own - receivers * units
@@ -44,7 +43,6 @@ def test_share_refuses_what_makes_no_sense(own, receivers):
     own=st.integers(1, 1024 * UNIT),
     untaken=st.integers(0, 1024 * UNIT),
 )
-@settings(deadline=None)
 def test_merge_weight_is_between_zero_and_one(offered, own, untaken):
     """For the masses of up to 1024 workers, in whatever distribution."""
     weight = merge_weight(offered, own, untaken)
@@ -59,7 +57,6 @@ def test_merge_weight_refuses_what_makes_no_sense(offered, own, untaken):
 
 
 @given(data=st.data(), count=st.integers(1, 8))
-@settings(deadline=None)
 def test_arrays_are_taken_element_by_element(data, count):
     """As integers are, up to the mass of 1024 workers."""
     draws = st.lists(st.integers(1, 340 * UNIT), min_size=count, max_size=count)
@@ -88,7 +85,6 @@ def mergers(draw):
 
 
 @given(merger=mergers(), senders_rest=st.integers(0, UNIT), mine=values, theirs=values)
-@settings(deadline=None)
 def test_a_merge_leaves_the_mass_weighted_sum_unchanged(merger, senders_rest, mine, theirs):
     offered, own, untaken = merger
     before = (own + untaken) * mine + (senders_rest + offered) * theirs
@@ -99,6 +95,5 @@ def test_a_merge_leaves_the_mass_weighted_sum_unchanged(merger, senders_rest, mi
 
 
 @given(earlier=words, amount=words)
-@settings(deadline=None)
 def test_difference_holds_when_the_counter_has_wrapped(earlier, amount):
     assert difference((earlier + amount) % MODULUS, earlier) == amount

@@ -147,7 +147,7 @@ def assignments(draw):
     stepped_in_backward=st.lists(st.sampled_from(range(4)), unique=True),
     name=st.sampled_from(sorted(OPTIMIZERS)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_assignment_to_blocks_and_groups_equals_the_plain_optimizer(assignment, stepped_in_backward, name):
     torch.manual_seed(0)
     parameters = [parameter(3, 2) for _ in assignment]

@@ -198,7 +198,7 @@ def like(workers):
 # ---- Exactly once ----
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     fleet=fleets, samples=st.integers(0, 60), epochs=st.integers(1, 3), meets=st.booleans(), seed=st.integers(0, 2**32)
 )
@@ -211,7 +211,7 @@ def test_every_sample_goes_to_exactly_one_worker(fleet, samples, epochs, meets, 
     assert not any(loader.not_begun() for loader in workers.loaders)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fleet=like(5), samples=st.integers(0, 60), drop_last=st.booleans(), seed=st.integers(0, 2**32))
 def test_workers_with_the_same_batches_cut_an_epoch_as_one_would(fleet, samples, drop_last, seed):
     workers = Workers([make_loader(samples, kind, drop_last=drop_last) for kind in fleet])
@@ -225,7 +225,7 @@ def test_workers_with_the_same_batches_cut_an_epoch_as_one_would(fleet, samples,
     assert max(1, len(updates)) == workers.loaders[0].updates_per_epoch
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fleet=fleets, samples=st.integers(0, 60), seed=st.integers(0, 2**32))
 def test_no_update_is_larger_than_a_step_of_the_worker_that_uses_it(fleet, samples, seed):
     """The loop takes `accumulation` batches out of an update; more would be lost."""
@@ -235,7 +235,7 @@ def test_no_update_is_larger_than_a_step_of_the_worker_that_uses_it(fleet, sampl
         assert len(use.batches) <= workers.loaders[use.rank].accumulation
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fleet=fleets, samples=st.integers(0, 60), seed=st.integers(0, 2**32))
 def test_no_update_is_empty_and_no_batch_short_where_the_last_are_dropped(fleet, samples, seed):
     workers = Workers([make_loader(samples, kind, drop_last=True) for kind in fleet])
@@ -309,7 +309,7 @@ def test_processes_that_load_ahead_share_an_epoch():
 # ---- Slow workers ----
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fleet=like(4), samples=st.integers(0, 60), moves=st.integers(0, 20), seed=st.integers(0, 2**32))
 def test_what_a_stopped_worker_has_not_drawn_is_used_without_it(fleet, samples, moves, seed):
     """What it has drawn is used once it goes on."""
@@ -391,7 +391,7 @@ def test_a_draw_is_claimed_once_in_a_real_store():
 # ---- Resuming ----
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     runs=st.lists(st.tuples(fleets, st.integers(0, 60)), min_size=2, max_size=3),
     samples=st.integers(1, 60),
@@ -466,7 +466,7 @@ def test_what_was_used_of_a_later_epoch_is_remembered_until_a_worker_comes_there
 # ---- Drawn in advance, over a network ----
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fleet=fleets, samples=st.integers(0, 60), epochs=st.integers(1, 3), seed=st.integers(0, 2**32))
 def test_every_sample_goes_to_exactly_one_of_workers_that_draw_ahead(fleet, samples, epochs, seed):
     workers = Workers([make_loader(samples, kind) for kind in fleet], epochs=epochs, ahead=True)
@@ -645,7 +645,7 @@ def test_workers_with_different_orders_are_refused(other):
 # ---- Outside of training ----
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(fleet=like(1), samples=st.integers(0, 60), world_size=st.integers(1, 5), drop_last=st.booleans())
 def test_the_shares_of_all_ranks_together_are_the_epoch(fleet, samples, world_size, drop_last):
     shares = [
@@ -759,7 +759,7 @@ def updates_of_stream(samples, kind, epoch=0):
     return [batches[start : start + kind.accumulation] for start in range(0, len(batches), kind.accumulation)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kind=kinds,
     workers=st.integers(1, 5),
@@ -793,7 +793,7 @@ def test_a_stream_that_was_used_up_before_is_no_error():
     assert workers.used == []
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(kind=kinds, samples=st.integers(1, 60), world_size=st.integers(1, 5))
 def test_the_shares_of_a_stream_are_together_the_stream(kind, samples, world_size):
     streams = [make_stream(samples, kind, rank=rank, world_size=world_size) for rank in range(world_size)]

@@ -57,7 +57,6 @@ def test_text_is_read(text, expected):
 
 
 @given(st.lists(configs(), min_size=1, max_size=4), st.sampled_from([";", " ; ", ";\n"]))
-@settings(deadline=None)
 def test_parsing_formatted_delays_gives_them_back(delays, separator):
     assert StragglerConfig.parse(separator.join(map(str, delays))) == delays
 
@@ -129,7 +128,6 @@ def test_means_are_the_numbers_given(distribution, kind):
 
 
 @given(configs(), st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 2000)), max_size=20))
-@settings(deadline=None)
 def test_delays_do_not_depend_on_what_was_asked_before(config, questions):
     forwards = [config.delay(*question) for question in questions]
     backwards = [dataclasses.replace(config).delay(*question) for question in reversed(questions)]
@@ -483,7 +481,7 @@ def test_offers_of_others_are_taken_meanwhile(fleet):
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_mass_is_conserved(seed):
     clock = Clock()
     fleet = late_fleet("communication=2,distribution=exponential", clock)

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from layup_hf.topology import AUTO_PEERS, PeerSampler, neighbours
@@ -22,7 +22,6 @@ def draws(number=50, *, rank=0, world_size=6, count=2, seed=0):
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_a_sample_is_of_eligible_peers_without_repetition_and_as_large_as_can_be(world_size, count, seed, data):
     rank = data.draw(st.integers(0, world_size - 1))
     eligible = data.draw(st.lists(st.sampled_from(range(world_size)), unique=True).map(sorted))
@@ -116,7 +115,6 @@ def test_information_comes_from_anyone_to_anyone_in_few_exchanges(hosts):
 
 
 @given(world_size=st.integers(2, 20), count=st.none() | st.integers(1, 20), data=st.data())
-@settings(deadline=None)
 def test_only_neighbours_are_drawn(world_size, count, data):
     remote = data.draw(st.sets(st.sampled_from(range(1, world_size))))
     eligible = sorted(data.draw(st.sets(st.sampled_from(range(1, world_size)))))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from late_gradients import Replicas, make_replicas
 from stock import gpt2
@@ -20,7 +20,6 @@ TASK = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--voca
         "--seeds=1", "--config_overrides=n_layer=2,n_embd=16,n_head=2", "--warmup=0.25", "--at_once=1"]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(workers=st.integers(2, 6), turns=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40))
 def test_replicas_keep_their_mass_and_their_mean(workers, turns):
     start = [torch.zeros(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]

@@ -421,7 +421,7 @@ def messages(draw):
     return draw(st.sampled_from(["w1", "w2", "who"])), message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.lists(messages(), min_size=1, max_size=12))
 def test_whatever_comes_no_mass_is_made(received):
     """Also by one who knows the secret: it may give and take only what exists, and what is refused changes nothing."""
