@@ -11,7 +11,7 @@ from torch.distributed import PrefixStore, TCPStore
 from layup_hf.keeper import PREFIX, WORKERS
 from layup_hf.membership import Era, Membership
 
-LEASE = 1.0
+LEASE = 2.0  # seconds; a busy machine may keep a thread waiting for one
 TOKEN = b"secret of the job".ljust(32)
 
 

@@ -110,7 +110,7 @@ def test_while_an_answer_does_not_come_something_is_looked_after(executor):
 
     assert Ahead(question, executor, while_waiting=look).take() == 0
     assert len(looks) == 2
-    assert looks[1] - looks[0] == pytest.approx(1, abs=0.5)
+    assert looks[1] - looks[0] > 0.9  # about once in a second
 
 
 def test_who_looks_may_end_the_waiting(executor):

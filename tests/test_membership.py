@@ -218,7 +218,7 @@ def test_a_store_that_is_silent_is_lost_after_a_while(job, monkeypatch):
     (member,) = job.begin(1)
     job.workers[0].freeze()
     began = time.monotonic()
-    monkeypatch.setattr("layup_hf.membership._SILENCE", 2)
+    monkeypatch.setattr("layup_hf.membership._SILENCE", 1)
     while time.monotonic() < began + 1.5:
         member.check()
         time.sleep(0.05)
