@@ -137,6 +137,31 @@ class Cursor:
         return {"drawn": drawn, "not_begun": sorted(itertools.chain(not_begun, *left))}
 
 
+def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: int | None) -> dict[str, Any] | None:
+    """Where workers are that keep to shards, as from `Cursor.position()`: of W, rank r has batches r, r + W, r + 2 W...
+
+    Args:
+        places: Of every rank, the epoch that it is in, and how many batches of that it has used.
+        batch_size: Samples of a batch.
+        end: Samples of an epoch; None if that is not known.
+
+    Returns:
+        The position, or None where it depends on how long an epoch is, and that is not known.
+    """
+    epochs = sorted(epoch for epoch, _ in places)
+    if end is None and epochs[0] < epochs[-1]:
+        return None
+    most, width = 1 << 62 if end is None else end, len(places) * batch_size
+    drawn, not_begun = {}, []
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        used = [number if at == epoch else (at > epoch) * most for at, number in places]
+        drawn[epoch] = min(max(used) * width, most)
+        for rank, number in enumerate(used):
+            starts = range(number * width + rank * batch_size, drawn[epoch], width)
+            not_begun += [Draw(epoch, start, min(start + batch_size, most)) for start in starts]
+    return {"drawn": drawn, "not_begun": sorted(not_begun)}
+
+
 class FixedShares:
     """In place of a `Cursor` to look at batches: worker r of n gets every n-th part, beginning with the r-th."""
 

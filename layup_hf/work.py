@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .checkpoint import POSITION, Resumed
-from .cursor import Cursor
+from .cursor import Cursor, position_of_shards
 from .sharing import SharedLoader, SharedStream
 
 logger = logging.get_logger(__name__)
@@ -169,7 +169,9 @@ class WorkSharing:
             per_epoch = resumed.max_steps * resumed.workers
         updates = round((resumed.epoch - epochs_trained) * per_epoch)
         if self._shared_loader is not None:
-            if position is None or "drawn" not in position:  # a checkpoint of the stock Trainer, or of shards
+            if position is not None and "shards" in position:
+                position = self._position_of_shards(**position)
+            if position is None:  # a checkpoint of the stock Trainer, whose workers have all come as far
                 samples = round(updates * self._shared_loader.mean_update)
                 position = {"epoch": epochs_trained, "drawn": {epochs_trained: samples}, "not_begun": []}
             self._position = None if self.args.ignore_data_skip else position
@@ -181,6 +183,15 @@ class WorkSharing:
         if epochs_trained >= num_train_epochs:  # only this worker's shard has been used: it comes along for the rest
             epochs_trained, skip = num_train_epochs - 1, sys.maxsize
         return epochs_trained, 0 if self.args.ignore_data_skip else skip
+
+    def _position_of_shards(self, *, shards: list[tuple[int, int]], batch_size: int | None = None, **_: Any) -> Any:
+        """What workers that kept to shards have left over, if that can be told and is in parts that fit one's step."""
+        loader = self._shared_loader
+        if batch_size is None or batch_size < self._least_update:
+            return None
+        end = len(loader.sampler) if isinstance(loader, SharedLoader) else None
+        position = position_of_shards(shards, batch_size, end)
+        return position and {"epoch": min(epoch for epoch, _ in shards), **position}
 
     def _share_work(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""
@@ -203,7 +214,10 @@ class WorkSharing:
         if loader is None:
             has_ended = self._next_epoch > self._epoch
             place = (self._next_epoch, 0) if has_ended else self._shard_place
-            position: dict[str, Any] = {"shards": gather_object([place])}
+            shards = gather_object([(place, self._train_batch_size)])
+            sizes = {size for _, size in shards}
+            position: dict[str, Any] = {"shards": [place for place, _ in shards]}
+            position["batch_size"] = sizes.pop() if len(sizes) == 1 else None
         else:
             places = gather_object([(self._next_epoch, loader.not_begun())])
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)

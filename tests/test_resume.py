@@ -24,7 +24,8 @@ CASES = {
     "shards": [*SHARDS, "--slow=0.2"],
     "shards, finished": [*SHARDS, "shards/16"],
     "shards, one used up": [*SHARDS, "shards/12"],
-    "stream": [*SHARDS, "--iterable=True", "--max_steps=4"],
+    "shards, shared now": [*SAVING, "shards/8"],
+    "stream": [*SHARDS, "--iterable=True", "--max_steps=4", "--slow=0.2"],
     "stream, more steps": [*SAVING, "--iterable=True", "--max_steps=16", "stream/2"],
 }
 
@@ -79,6 +80,13 @@ def test_a_shard_that_has_been_used_is_not_used_again(resumed):
     assert ["save", 12, 16] in cases["shards"][0]["events"]  # all of this shard
     assert first + all_samples(cases["shards, one used up"]) == counts(range(64))
     assert cases["shards, one used up"][0]["clock"] == list(range(13, 17))
+
+
+def test_what_unequal_shards_have_left_over_is_shared(resumed):
+    cases, _ = resumed
+    first = seen_until(cases["shards"], "save", 8)
+    assert first + all_samples(cases["shards, shared now"]) == counts(range(64))
+    assert all(result["clock"] == list(range(9, 17)) for result in cases["shards, shared now"])
 
 
 def test_a_stream_of_unknown_length_goes_on_where_it_was(resumed):

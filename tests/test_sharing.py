@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from layup_hf.ahead import Ahead
-from layup_hf.cursor import Cursor, Draw, FixedShares
+from layup_hf.cursor import Cursor, Draw, FixedShares, position_of_shards
 from layup_hf.sharing import SharedLoader, SharedStream
 
 
@@ -414,6 +414,33 @@ def test_resumed_runs_use_together_every_sample_once(runs, samples, epochs, meet
         assert_updates_fit(workers)
     assert used == [Counter(range(samples))] * epochs
     assert position["epoch"] == epochs
+
+
+@given(
+    places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=1, max_size=5),
+    samples=st.integers(1, 60),
+    batch_size=st.integers(1, 4),
+    is_known=st.booleans(),
+)
+def test_what_shards_have_left_over_is_used_once(places, samples, batch_size, is_known):
+    """The shards are those of accelerate."""
+    if not is_known:
+        places = [(places[0][0], number) for _, number in places]
+    batches = BatchSampler(SequentialSampler(range(samples)), batch_size, drop_last=False)
+    shards = [list(BatchSamplerShard(batches, len(places), rank, even_batches=False)) for rank in range(len(places))]
+    position = position_of_shards(places, batch_size, samples if is_known else None)
+    cursor, first = Cursor(dist.HashStore(), 0, 1, position), min(epoch for epoch, _ in places)
+    for epoch in range(first, 3):
+        used = Counter()
+        for (at, number), shard in zip(places, shards, strict=True):
+            used.update(itertools.chain(*shard[: number if at == epoch else (at > epoch) * samples]))
+        while draw := cursor.draw(epoch, batch_size, samples):
+            used.update(range(draw.start, min(draw.stop, samples)))
+        assert used == Counter(range(samples))
+
+
+def test_shards_in_two_epochs_of_unknown_length_have_no_position():
+    assert position_of_shards([(0, 4), (1, 2)], 2, None) is None
 
 
 def test_a_position_holds_what_was_drawn_and_not_begun():
