@@ -138,7 +138,7 @@ class Cursor:
 
 
 def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: int | None) -> dict[str, Any] | None:
-    """Where workers are that keep to shards, as from `Cursor.position()`: of W, rank r has batches r, r + W, r + 2 W...
+    """Where workers are that keep to shards, for a `Cursor`: of W, rank r has batches r, r + W, r + 2 W...
 
     Args:
         places: Of every rank, the epoch that it is in, and how many batches of that it has used.
@@ -146,7 +146,8 @@ def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: 
         end: Samples of an epoch; None if that is not known.
 
     Returns:
-        The position, or None where it depends on how long an epoch is, and that is not known.
+        As `Cursor.position()`, with the first epoch that is not over; None where it depends on how long an epoch is,
+        and that is not known.
     """
     epochs = sorted(epoch for epoch, _ in places)
     if end is None and epochs[0] < epochs[-1]:
@@ -159,7 +160,7 @@ def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: 
         for rank, number in enumerate(used):
             starts = range(number * width + rank * batch_size, drawn[epoch], width)
             not_begun += [Draw(epoch, start, min(start + batch_size, most)) for start in starts]
-    return {"drawn": drawn, "not_begun": sorted(not_begun)}
+    return {"epoch": epochs[0], "drawn": drawn, "not_begun": sorted(not_begun)}
 
 
 class FixedShares:

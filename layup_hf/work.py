@@ -170,7 +170,7 @@ class WorkSharing:
         updates = round((resumed.epoch - epochs_trained) * per_epoch)
         if self._shared_loader is not None:
             if position is not None and "shards" in position:
-                position = self._position_of_shards(**position)
+                position = self._position_of_shards(position["shards"], position.get("batch_size"))
             if position is None:  # a checkpoint of the stock Trainer, whose workers have all come as far
                 samples = round(updates * self._shared_loader.mean_update)
                 position = {"epoch": epochs_trained, "drawn": {epochs_trained: samples}, "not_begun": []}
@@ -184,14 +184,12 @@ class WorkSharing:
             epochs_trained, skip = num_train_epochs - 1, sys.maxsize
         return epochs_trained, 0 if self.args.ignore_data_skip else skip
 
-    def _position_of_shards(self, *, shards: list[tuple[int, int]], batch_size: int | None = None, **_: Any) -> Any:
-        """What workers that kept to shards have left over, if that can be told and is in parts that fit one's step."""
+    def _position_of_shards(self, shards: list[tuple[int, int]], batch_size: int | None) -> dict[str, Any] | None:
+        """Where workers were that kept to shards, if that can be told."""
         loader = self._shared_loader
         if batch_size is None or batch_size < self._least_update:
-            return None
-        end = len(loader.sampler) if isinstance(loader, SharedLoader) else None
-        position = position_of_shards(shards, batch_size, end)
-        return position and {"epoch": min(epoch for epoch, _ in shards), **position}
+            return None  # what is left over comes in batches; each would be a step, which makes more than are planned
+        return position_of_shards(shards, batch_size, len(loader.sampler) if isinstance(loader, SharedLoader) else None)
 
     def _share_work(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""
