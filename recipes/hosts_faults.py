@@ -138,7 +138,7 @@ def one(options: argparse.Namespace, place: Place, case: str, seed: int, typical
         "forked": options.fork,
         "ok": not problems,
         "problems": problems,
-        "logs": str(folder),
+        "logs": str(folder) if problems else None,
         "victims": victims,
         "fault_after": after,
         "steps": steps,
