@@ -212,10 +212,8 @@ class WorkSharing:
         if loader is None:
             has_ended = self._next_epoch > self._epoch
             place = (self._next_epoch, 0) if has_ended else self._shard_place
-            shards = gather_object([(place, self._train_batch_size)])
-            sizes = {size for _, size in shards}
-            position: dict[str, Any] = {"shards": [place for place, _ in shards]}
-            position["batch_size"] = sizes.pop() if len(sizes) == 1 else None
+            places, sizes = zip(*gather_object([(place, self._train_batch_size)]), strict=True)
+            position: dict[str, Any] = {"shards": places, "batch_size": sizes[0] if len(set(sizes)) == 1 else None}
         else:
             places = gather_object([(self._next_epoch, loader.not_begun())])
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
