@@ -1,8 +1,9 @@
 """Layer-wise gossip training (LayUp) for Hugging Face Transformers."""
 
 from .config import LayupConfig, LayupOptions
-from .straggler import StragglerCallback, StragglerConfig
-from .trainer import LayupMixin, LayupTrainer
+from .trainer.mixin import LayupMixin, LayupTrainer
+from .trainer.straggler import StragglerCallback
+from .windows.straggler import StragglerConfig
 
 __version__ = "0.1.0"
 __all__ = [

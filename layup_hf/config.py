@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .checks import check_options
-from .launch import prepare_launch
+from .fleet.launch import prepare_launch
+from .trainer.checks import check_options
 
 
 @dataclass

@@ -15,9 +15,9 @@ from torch import nn
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import Block
-from layup_hf.gossip import GossipEngine
-from layup_hf.optimizer import BlockOptimizer
-from layup_hf.topology import PeerSampler
+from layup_hf.gossip.engine import GossipEngine
+from layup_hf.gossip.topology import PeerSampler
+from layup_hf.optim.optimizer import BlockOptimizer
 
 
 class WholeModelEngine(GossipEngine):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import Block
-from layup_hf.direction import Direction
+from layup_hf.optim.direction import Direction
 
 POWERSGD_RANK = 4
 

@@ -13,9 +13,9 @@ Backward takes twice as long as forward, and a block as long as it has parameter
 embeddings included. So the later a block comes in the model, the less late its gradient is. Beside it stands what
 reads and steps the whole model at one time: with `--whole`.
 
-Masses and weights are those of `layup_hf.mixing`, every worker offers to all others, merges before its forward and
-before its step, and steps by an AdamW with the second moment of the mean gradient (`layup_hf.moments`), with and
-without Nesterov's momentum (`layup_hf.direction`). DDP's AdamW sees the mean gradient.
+Masses and weights are those of `layup_hf.ledger.mixing`, every worker offers to all others, merges before its forward
+and before its step, and steps by an AdamW with the second moment of the mean gradient (`layup_hf.gossip.moments`), with
+and without Nesterov's momentum (`layup_hf.optim.direction`). DDP's AdamW sees the mean gradient.
 
 Prints held-out losses at equal samples and writes `late-gradients.json` into `--folder`; goes on where it was stopped.
 """
@@ -32,7 +32,7 @@ from local_adam import Moments, Task, Tensors, add_task_arguments, mean_of, rate
 from transformers import PreTrainedModel
 
 from layup_hf.blocks import split_into_blocks
-from layup_hf.mixing import UNIT, merge_weight, share
+from layup_hf.ledger.mixing import UNIT, merge_weight, share
 
 NAMES = ("at_once", "looks_ahead", "whole", "learning_rate", "seed")
 DDP = 0  # workers that compute at the same time, in results of DDP

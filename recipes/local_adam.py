@@ -8,7 +8,7 @@ each worker has the gradient of its own batch, clipped by its own norm. What dif
 - `mean`: of one AdamW that sees the mean gradient, which is what DDP does;
 - `local`: the mean of the steps of the workers' own AdamWs, which is the best that local optimizers can come to;
 - `compared`: as `local`, with second moments from which the noise is taken that a mean gradient would not have, found
-  by comparing first moments with one other worker in every step, as `layup_hf.moments` does at first;
+  by comparing first moments with one other worker in every step, as `layup_hf.gossip.moments` does at first;
 - `in time`: the same, found by each worker alone, from how its gradient changes from step to step.
 
 Prints held-out losses at equal samples and writes `local-adam.json` into `--folder`; goes on where it was stopped.
@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from layup_hf.moments import by_row, noise_between
+from layup_hf.gossip.moments import by_row, noise_between
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 CLIP = 1.0
@@ -73,7 +73,7 @@ class Moments:
         return 1 - beta**self.steps
 
     def compare(self, other: Moments) -> None:
-        """See what of the first moments is noise: see `layup_hf.moments`."""
+        """See what of the first moments is noise: see `layup_hf.gossip.moments`."""
         torch._foreach_lerp_(self.noise, noise_between(self.first, other.first, BETA1, self.steps), 1 - BETA2)
 
     def step(self, rule: str, workers: int, looks_ahead: bool = False) -> Tensors:
@@ -82,7 +82,7 @@ class Moments:
         Args:
             rule: See the module.
             workers: Their number.
-            looks_ahead: By Nesterov's momentum, as `layup_hf.direction`.
+            looks_ahead: By Nesterov's momentum, as `layup_hf.optim.direction`.
         """
         steps = []
         for number, (first, second) in enumerate(zip(self.first, self.second, strict=True)):

@@ -29,7 +29,7 @@ from simulate_check import check, mean, show_check
 from simulate_gossip import Simulation
 from simulate_settings import SPEEDS, TIES, TOPOLOGIES, Settings
 
-from layup_hf.report import percentile
+from layup_hf.ledger.counts import percentile
 
 TARGET = 0.025
 """Loss to reach, of that at the start. With the default rate and noise one worker alone never gets there, as its noise

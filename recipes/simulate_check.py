@@ -16,7 +16,7 @@ from curve import write_results
 from simulate_gossip import Simulation
 from simulate_settings import Settings
 
-from layup_hf.report import percentile
+from layup_hf.ledger.counts import percentile
 
 CASES = {
     "default peers": ({}, 1.0),

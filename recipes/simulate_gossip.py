@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 from simulate_settings import Settings
 
-from layup_hf.mixing import UNIT, merge_weight, share
+from layup_hf.ledger.mixing import UNIT, merge_weight, share
 
 FREE, ASKED, ON_ITS_WAY, READY = range(4)  # what a slot is
 
@@ -94,7 +94,7 @@ class Simulation:
         return np.einsum("bw,bwc->bc", shares, self.values)
 
     def consensus_distance(self) -> float:
-        """`sqrt(mean_i |x_i - mean|^2) / |mean|`, as `layup_hf.consensus` logs it."""
+        """`sqrt(mean_i |x_i - mean|^2) / |mean|`, as `layup_hf.gossip.consensus` logs it."""
         mean = self.mean()
         squares = np.square(self.values - mean[:, None]).sum() / self.settings.workers
         return float(np.sqrt(squares / max(np.square(mean).sum(), np.finfo(float).tiny)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layup_hf.topology import AUTO_PEERS, neighbours
+from layup_hf.gossip.topology import AUTO_PEERS, neighbours
 
 TOPOLOGIES = ("auto", "uniform", "ring", "exponential")
 TIES = ("rotated", "rank")

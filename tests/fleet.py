@@ -14,8 +14,8 @@ import numpy as np
 from torch import nn
 
 from layup_hf.blocks import Block, split_into_blocks
-from layup_hf.gossip import GossipEngine
-from layup_hf.topology import PeerSampler
+from layup_hf.gossip.engine import GossipEngine
+from layup_hf.gossip.topology import PeerSampler
 from layup_hf.windows import NixlWindows, PeerWindows, open_windows, opening
 
 LOOPBACK = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}

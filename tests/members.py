@@ -8,8 +8,8 @@ from datetime import timedelta
 from fleet import together
 from torch.distributed import PrefixStore, TCPStore
 
-from layup_hf.keeper import PREFIX, WORKERS
-from layup_hf.membership import Era, Membership
+from layup_hf.fleet.keeper import PREFIX, WORKERS
+from layup_hf.fleet.membership import Era, Membership
 
 LEASE = 2.0  # seconds; a busy machine may keep a thread waiting for one
 TOKEN = b"secret of the job".ljust(32)

@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from layup_hf.checks import check_data, check_options, check_runtime
 from layup_hf.config import LayupConfig, LayupOptions
+from layup_hf.trainer.checks import check_data, check_options, check_runtime
 
 
 @pytest.fixture(autouse=True)

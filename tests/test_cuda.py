@@ -7,8 +7,8 @@ from stock import BOTH, arguments, gpt2, same, text
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import split_into_blocks
-from layup_hf.direction import Direction
-from layup_hf.moments import MeanMoments
+from layup_hf.gossip.moments import MeanMoments
+from layup_hf.optim.direction import Direction
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

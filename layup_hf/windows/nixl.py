@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import network
 from ..blocks import Block
+from ..fleet import network
 from ..ledger import Ledger
 from .base import Gather
 from .courier import Courier

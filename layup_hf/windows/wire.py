@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..fleet.network import is_signed, sign
 from ..ledger import REPORT
-from ..network import is_signed, sign
 
 _MAGIC = b"LYUP"
 _VERSION = 1

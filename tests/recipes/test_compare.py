@@ -21,8 +21,8 @@ from pictures import rows, save
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
-from layup_hf.mixing import UNIT
-from layup_hf.topology import PeerSampler
+from layup_hf.gossip.topology import PeerSampler
+from layup_hf.ledger.mixing import UNIT
 
 SETTINGS = {
     "learning_rates": [1e-3, 2e-3],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from late_gradients import Replicas, make_replicas
 from stock import gpt2
 
-from layup_hf.mixing import UNIT
+from layup_hf.ledger.mixing import UNIT
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TASK = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--vocab_size=300", "--learning_rates=1e-2",

@@ -11,8 +11,8 @@ from simulate_check import mean
 from simulate_gossip import Simulation
 from simulate_settings import Settings
 
-from layup_hf.mixing import UNIT, merge_weight, share
-from layup_hf.report import percentile
+from layup_hf.ledger.counts import percentile
+from layup_hf.ledger.mixing import UNIT, merge_weight, share
 
 SMALL = {"blocks": 2, "dimension": 4, "steps": 20}
 LINK = {"rate": 8e8, "model_bytes": 1e8, "step_seconds": 1.0}  # the model takes a second

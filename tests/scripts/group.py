@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch.distributed import HashStore, TCPStore
 from worker import write_result
 
-from layup_hf.group import Group, end_group_at_exit, is_of_group
+from layup_hf.fleet.group import Group, end_group_at_exit, is_of_group
 
 end_group_at_exit()
 rank, workers, port = (int(argument) for argument in sys.argv[1:])

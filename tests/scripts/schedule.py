@@ -9,8 +9,8 @@ from torch import nn
 from worker import leave, write_result
 
 from layup_hf.blocks import split_into_blocks
-from layup_hf.consensus import reach_consensus
-from layup_hf.gossip import GossipEngine
+from layup_hf.gossip.consensus import reach_consensus
+from layup_hf.gossip.engine import GossipEngine
 from layup_hf.windows import SharedWindows
 
 state = PartialState(cpu=True)

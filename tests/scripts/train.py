@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
 from worker import collectives, count_collectives, same_everywhere, write_result
 
-import layup_hf.trainer
+import layup_hf.trainer.mixin
 from layup_hf import LayupConfig, LayupTrainer
 
 
@@ -56,7 +56,7 @@ class Observer(TrainerCallback):
             raise ArithmeticError("a fault made on purpose")
 
 
-original_consensus = layup_hf.trainer.reach_consensus
+original_consensus = layup_hf.trainer.mixin.reach_consensus
 
 
 def checked_consensus(blocks, ledger, is_new):
@@ -83,7 +83,7 @@ def checked_consensus(blocks, ledger, is_new):
     return consensus
 
 
-layup_hf.trainer.reach_consensus = checked_consensus
+layup_hf.trainer.mixin.reach_consensus = checked_consensus
 
 
 class ObservedTrainer(LayupTrainer):

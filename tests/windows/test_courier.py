@@ -11,7 +11,7 @@ from torch import nn
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.ledger import REPORT, Ledger
-from layup_hf.mixing import UNIT
+from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import wire
 from layup_hf.windows.courier import Courier
 from layup_hf.windows.pace import Pace

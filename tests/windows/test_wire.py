@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layup_hf.fleet.network import sign
 from layup_hf.ledger import REPORT
-from layup_hf.network import sign
 from layup_hf.windows import wire
 
 TOKEN, JOB = b"t" * 32, b"j" * 16

@@ -1,0 +1,1 @@
+"""Who offers, who merges, and how all agree."""

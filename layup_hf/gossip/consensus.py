@@ -1,0 +1,127 @@
+"""Consensus points: for a moment, all workers hold one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor
+
+from ..blocks import Block
+from ..ledger import Account, Ledger, effective_masses
+from ..ledger.mixing import UNIT
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What a consensus point found.
+
+    Attributes:
+        distance: Consensus distance before it: `sqrt(mean_i |x_i - mean|^2) / |mean|` over all parameters.
+        mass: Mass of all workers together, in units of one worker's share: exactly the number of workers, less what
+            workers took with them that are gone.
+        mass_min: Smallest effective mass of a worker on a block.
+        mass_max: Largest effective mass of a worker on a block.
+        mass_by_worker: Mean over blocks of each worker's effective mass, in the order of ranks.
+    """
+
+    distance: float
+    mass: float
+    mass_min: float
+    mass_max: float
+    mass_by_worker: tuple[float, ...]
+
+    def figures(self) -> dict[str, float]:
+        """For the logs."""
+        return {
+            "layup/consensus_distance": self.distance,
+            "layup/mass": self.mass,
+            "layup/mass_min": self.mass_min,
+            "layup/mass_max": self.mass_max,
+        }
+
+
+@torch.no_grad()
+def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool = False) -> Consensus:
+    """Replace every worker's model by the mass-weighted mean of all, block by block. Collective.
+
+    The mean counts each worker with its effective mass, so offers that were not yet taken are not lost; they are
+    settled and every worker starts again with one `UNIT`. Needs memory for a few copies of one block, not for a second
+    model.
+
+    Args:
+        blocks: The model's blocks.
+        ledger: What this worker has written down; None if it has just agreed with others and exchanged nothing since.
+            All workers that are not here must have been excluded from it.
+        is_new: This worker has just joined: it has no mass yet, and takes over the mean of the others.
+
+    Raises:
+        RuntimeError: Mass was not conserved.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # merges may still be queued that read what a peer is about to change
+    PartialState().wait_for_everyone()  # nobody gossips from here on
+    mine = (-1, None) if ledger is None else (ledger.rank, ledger.account())
+    reports = gather_object([None if is_new else mine])
+    accounts: dict[int, Account] = dict(report for report in reports if report is not None and report[1] is not None)
+    masses = _masses(reports, accounts, len(blocks))
+    totals = masses.sum(dim=0)
+
+    rank = PartialState().process_index
+    squares = torch.zeros(2, dtype=torch.float64)  # |x - mean|^2 and |mean|^2
+    for block in blocks:
+        tensors = block.tensors
+        mine = _flatten(tensors)
+        mean = reduce(mine * (int(masses[rank, block.index]) / int(totals[block.index])), "sum")
+        squares += torch.stack([(mine - mean).square().sum(), mean.square().sum()]).double().cpu()
+        _assign(tensors, mean)
+    deviations = sum(gather_object([squares[0].item()]))
+    if ledger is not None:
+        ledger.settle(accounts)  # after the last collective: who has to begin again, as a worker is gone, can
+    distance = (deviations / len(masses) / max(squares[1].item(), torch.finfo(torch.float64).tiny)) ** 0.5
+    return Consensus(
+        distance=distance,
+        mass=int(totals.max()) / UNIT,
+        mass_min=int(masses.min()) / UNIT,
+        mass_max=int(masses.max()) / UNIT,
+        mass_by_worker=tuple((masses.double().mean(dim=1) / UNIT).tolist()),
+    )
+
+
+def _masses(reports: list[tuple[int, Account | None] | None], accounts: dict[int, Account], num_blocks: int) -> Tensor:
+    """Effective mass of every worker on every block, int64 of shape (workers, blocks); it must be accounted for.
+
+    Raises:
+        RuntimeError: It is not.
+    """
+    agreed = {report[1].settled if report[1] is not None else None for report in reports if report is not None}
+    if len(agreed) > 1 or None in agreed:
+        # Somebody died during the last consensus point: for some it has ended, the others have all of its means.
+        return torch.tensor([[0 if report is None else UNIT] * num_blocks for report in reports])
+    ranks = sorted(accounts)
+    held = effective_masses({rank: accounts[rank] for rank in ranks})
+    lost = sum(account.lost for account in accounts.values())
+    expected = len(accounts) * UNIT
+    if not bool((held.sum(axis=1) + lost == expected).all()):
+        raise RuntimeError(
+            f"Mass is not conserved: {held.sum(axis=1).tolist()} units by block and {lost.tolist()} lost with workers "
+            f"that are gone, instead of {expected}. The ledger was written by somebody else, or a worker gossiped "
+            "during a consensus point. Please report this."
+        )
+    columns = dict(zip(ranks, held.T.tolist(), strict=True))
+    return torch.tensor([[0] * num_blocks if report is None else columns[report[0]] for report in reports])
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of a block, in fp32 or better: a mean in bf16 would lose what workers learnt since the last one."""
+    precision = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.cat([tensor.reshape(-1).to(precision) for tensor in tensors])
+
+
+def _assign(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,156 @@
+"""The exchange itself: what one worker does at a block's boundary and before its forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..blocks import Block
+from ..ledger.counts import percentile
+from ..ledger.mixing import UNIT, merge_weight, share
+from ..windows.base import PeerWindows
+from .topology import PeerSampler
+
+
+class GossipEngine:
+    """Offers this worker's blocks to peers and merges theirs. Never waits.
+
+    Both calls are made by the training thread, at moments when autograd holds no copy of the block that it will still
+    use.
+
+    Args:
+        blocks: The model's blocks, after the windows have been opened.
+        windows: What this worker can see of its peers.
+        sampler: Who is offered to.
+        offer_every: A block is offered after every so many own steps of it.
+        is_free: Whether the block with this index may be written now: then what has come of it in the background is
+            merged at the next moment that this engine has; else it waits for the block's own boundary.
+
+    Attributes:
+        counts: Totals since the start: `merges`, `offers`, `skipped_offers`, `bytes_read`.
+        staleness: How many merges were how many clock steps old, since the start.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        windows: PeerWindows,
+        sampler: PeerSampler,
+        *,
+        offer_every: int = 1,
+        is_free: Callable[[int], bool] = lambda index: False,
+    ) -> None:
+        self._windows = windows
+        self._ledger = windows.ledger
+        self._sampler = sampler
+        self._offer_every = offer_every
+        self._is_free = is_free
+        self._blocks = list(blocks)
+        self._mine = [block.tensors for block in blocks]
+        self._steps = [0] * len(self._blocks)
+        self._bytes = [block.num_bytes for block in blocks]
+        self.staleness: Counter[int] = Counter()
+        self._logged_staleness: Counter[int] = Counter()
+        self.counts = Counter(merges=0, offers=0, skipped_offers=0, bytes_read=0)
+
+    @torch.no_grad()
+    def merge(self, block: Block) -> None:
+        """Take every pending offer of `block`: move towards the peer's live block by the weight of its mass.
+
+        Whatever else has come in the background is merged, too, if its block is free: it need not wait, and keep room
+        from other blocks, until its turn comes.
+        """
+        self._take_offers(block.index)
+        for index in self._windows.arrived():
+            if self._is_free(index):
+                self._take_offers(index)
+
+    def _take_offers(self, index: int) -> None:
+        ledger = self._ledger
+        for peer, units in ledger.pending(index):
+            theirs = self._windows.read(peer, index)
+            if theirs is None:
+                continue
+            weight = self.weight(units, ledger.own(index), ledger.untaken(index))
+            torch._foreach_lerp_(self._mine[index], theirs, weight)
+            ledger.take(index, peer, units)
+            self._windows.release(peer, index)
+            self.staleness[ledger.staleness(index, peer)] += 1
+            self.counts["merges"] += 1
+            self.counts["bytes_read"] += self._bytes[index]
+
+    def units(self, own: int, receivers: int) -> int:
+        """Mass that each of so many peers is offered, in units: see `share`."""
+        return share(own, receivers)
+
+    def weight(self, units: int, own: int, untaken: int) -> float:
+        """How far a merge moves this worker's block towards the peer's, between 0 and 1: see `merge_weight`."""
+        return merge_weight(units, own, untaken)
+
+    def offer(self, block: Block) -> None:
+        """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none."""
+        ledger, index = self._ledger, block.index
+        ledger.count_step(index)
+        self._steps[index] += 1
+        if self._steps[index] % self._offer_every:
+            return
+        peers = self._sampler.sample(ledger.eligible(index))
+        units = self.units(ledger.own(index), len(peers)) if peers else 0
+        if units:
+            for peer in peers:
+                ledger.offer(index, peer, units)
+        offered = len(peers) if units else 0
+        self.counts["offers"] += offered
+        self.counts["skipped_offers"] += self._sampler.count - offered
+
+    def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
+        """While the block is stepped and offered. Here nothing else writes it."""
+        return contextlib.nullcontext()
+
+    def resume(self) -> None:
+        """A step begins. Here merging needs no leave."""
+
+    def pause(self) -> None:
+        """The workers meet, and no block is to change but by them all. Here nothing else changes it."""
+
+    def close(self) -> None:
+        """Nothing is exchanged any more; before the windows are closed. Idempotent."""
+
+    def exclude(self, peer: int) -> None:
+        """Do without a peer whose lease has run out: take back what it was offered and has not taken. Idempotent."""
+        if self._ledger.is_present(peer):
+            self._ledger.exclude(peer)
+            self._windows.exclude(peer)
+            self._sampler.exclude(peer)
+
+    def require_same_memory(self) -> None:
+        """Make sure that the model still lives where the peers read it.
+
+        Raises:
+            RuntimeError: A tensor was replaced, moved, cast or resized since the start.
+        """
+        for block, known in zip(self._blocks, self._mine, strict=True):
+            for tensor, old in zip(block.tensors, known, strict=True):
+                if tensor.data_ptr() != old.data_ptr() or tensor.shape != old.shape or tensor.dtype != old.dtype:
+                    raise RuntimeError(
+                        f"A tensor of block {block.name!r} was replaced during training: {tuple(old.shape)} of "
+                        f"{old.dtype} is now {tuple(tensor.shape)} of {tensor.dtype}, elsewhere in memory, where peers "
+                        "do not see it. Change tensors in place, or resize and cast the model before training."
+                    )
+
+    def figures(self) -> dict[str, float]:
+        """What the logs say: totals, masses in units of one worker's share, and since the last call the staleness and
+        what the windows have to say.
+        """
+        masses = self._ledger.masses() / UNIT
+        figures = {f"layup/{name}": float(count) for name, count in self.counts.items()}
+        figures.update(self._windows.figures())
+        figures["layup/mass_min"] = float(masses.min())
+        figures["layup/mass_max"] = float(masses.max())
+        if recent := self.staleness - self._logged_staleness:
+            figures["layup/staleness"] = float(percentile(recent, 50))
+            self._logged_staleness = self.staleness.copy()
+        return figures

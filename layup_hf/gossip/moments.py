@@ -1,0 +1,227 @@
+"""AdamW's second moment as of the mean gradient of all workers, though each worker has an AdamW of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block
+from ..optim.adam import age_of, is_plain_adam, make_states
+from ..windows.base import Gather
+from ..windows.shared import SharedWindows
+
+MEASURED_AT_FIRST = 100
+"""So many own steps, the first ones of a run, are all measured: the gain is largest while the rate warms up."""
+
+MEASURE_EVERY = 8
+"""Own steps between two measurements of a block after that. With a beta1 of 0.9, first moments forget in about ten."""
+
+
+@dataclass
+class _Part:
+    """What AdamW keeps of one block, and what is known of the noise in it; a tensor for each parameter.
+
+    Attributes:
+        first, second: AdamW's moments, as it keeps them.
+        theirs: Number of the block in the windows.
+        age: Steps that the moments are means of.
+        noise: Running mean of its square, before correction for the beginning; one number for each row.
+        steps: Own steps since this was opened.
+        covered: Those of them that the running mean is of.
+        lengths: By what steps are longer; one number for each row. None before the first measurement.
+    """
+
+    first: list[Tensor]
+    second: list[Tensor]
+    theirs: int
+    age: int
+    noise: list[Tensor]
+    steps: int = 0
+    covered: int = 0
+    lengths: list[Tensor] | None = None
+
+
+class MeanMoments:
+    """Finds by how much the noise of a worker's own gradients makes AdamW's steps too short.
+
+    AdamW divides by the root of the mean square of the gradient. Of a worker's own gradient that is `s^2 + n^2`, with s
+    what the batches of all workers share and n their noise; of the mean gradient of M workers, which DDP's AdamW sees,
+    it is `s^2 + n^2 / M`. So own AdamWs make steps that are too short, by up to `sqrt(M)`, where a gradient is mostly
+    noise. A higher learning rate does not make up for that: it is too high for all the rest.
+
+    Workers tell noise from the rest by comparing themselves. A first moment is a running mean of gradients, in which
+    `f = (1 - beta1) / (1 + beta1)` is left of the square of noise that is independent from step to step. So for any two
+    workers i and j, `(m_i - m_j)^2 / 2f` is n^2, in the mean. (How *one* worker's gradient changes from step to step
+    says nothing of n: along the steepest directions gradients go back and forth by themselves. Measured, that is worse
+    than no correction.)
+
+    In every one of the first hundred own steps, and in every eighth after that, the first moments that one peer on this
+    host, drawn at random, has of a block are read in place, and a running mean with AdamW's own beta2 is kept of what
+    they say. It is kept by row (the first axis of a parameter; of a vector there is one), which takes next to no
+    memory. With the second moment times `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, a step would be as the mean gradient's, so
+    it is to be longer by the inverse root of that: see `Direction`. M counts the workers on this host.
+
+    It needs torch's AdamW, see `is_plain_adam`. Make it with `MeanMoments.open`.
+
+    Args:
+        parts: By the block's index.
+        windows: To the first moments of the peers.
+        peers: Workers on this host, without this one.
+        betas: Of the optimizer.
+        seed: Of the draws of peers.
+    """
+
+    def __init__(
+        self,
+        parts: dict[int, _Part],
+        windows: SharedWindows,
+        peers: Sequence[int],
+        betas: tuple[float, float],
+        seed: str,
+    ) -> None:
+        self._parts, self._windows, self._peers, self._betas = parts, windows, list(peers), betas
+        self._random = random.Random(seed)
+
+    @classmethod
+    def open(
+        cls,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer,
+        rank: int,
+        peers: Sequence[int],
+        gather: Gather,
+        *,
+        seed: int = 0,
+    ) -> MeanMoments | None:
+        """Let the peers see this worker's first moments, and see theirs. Collective among the workers of all hosts.
+
+        A CPU's first moments move into shared memory. The optimizer gets its state now if it has none yet.
+
+        Args:
+            blocks: The model's blocks.
+            optimizer: Steps them; not a `BlockOptimizer`, but what is in it.
+            rank: This worker.
+            peers: The other workers on this host.
+            gather: Collects one object from every worker.
+            seed: Of the run.
+
+        Returns:
+            None where some worker's optimizer is of another kind.
+
+        Raises:
+            MemoryError: There is not enough memory to share.
+        """
+        if not all(gather(is_plain_adam(optimizer))):
+            return None
+        make_states(optimizer)
+        parts, shown = {}, []
+        for block in (block for block in blocks if block.parameters):
+            states = [optimizer.state[parameter] for parameter in block.parameters]
+            first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+            noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
+            parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, block.parameters[0]), noise)
+            shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
+        windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        return cls(parts, windows, peers, (beta1, beta2), f"{seed}/{rank}")
+
+    def lengths(self, block: Block) -> list[Tensor] | None:
+        """By what the step that the block is about to make is to be longer than AdamW's; to be asked once a step.
+
+        Returns:
+            Of each parameter one number for each row, to be multiplied with it; None where nothing is known.
+        """
+        part = self._parts.get(block.index)
+        if part is None or not self._peers:
+            return None
+        is_turn = part.steps < MEASURED_AT_FIRST or (part.steps + block.index) % MEASURE_EVERY == 0
+        if part.age and is_turn:
+            self._measure(part)
+        part.age += 1
+        part.steps += 1
+        return part.lengths
+
+    @torch.no_grad()
+    def _measure(self, part: _Part) -> None:
+        """Compare with a peer. Nothing waits for the device."""
+        beta1, beta2 = self._betas
+        new = max(part.steps - part.covered, 1)
+        part.covered += new
+        weight, seen = 1 - beta2**new, 1 - beta2**part.covered
+        theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
+        torch._foreach_lerp_(part.noise, noise_between(part.first, theirs, beta1, part.age), weight)
+        share = len(self._peers) / (len(self._peers) + 1)
+        rows = [by_row(second) for second in part.second]
+        torch._foreach_div_(rows, 1 - beta2**part.age)
+        torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
+        ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
+        torch._foreach_clamp_max_(ratios, 1.0)
+        part.lengths = [
+            (1 - share * ratio).rsqrt().to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)
+        ]
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to compare with."""
+        return bool(self._peers)
+
+    def require_same_memory(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that the optimizer still keeps its moments where they were.
+
+        Raises:
+            RuntimeError: They were replaced since the start.
+        """
+        known = {id(tensor) for part in self._parts.values() for tensor in part.first}
+        states = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+        if any(id(tensor) not in known for tensor in states):
+            raise RuntimeError(
+                "The optimizer's state was replaced during training, by `load_state_dict` say, and the peers do not "
+                "see the new one. Load it before training, or set `second_moment='own'`."
+            )
+
+    def exclude(self, peer: int) -> None:
+        """Do without a peer. Idempotent."""
+        if peer in self._peers:
+            self._peers.remove(peer)
+            self._windows.exclude(peer)
+
+    def close(self) -> None:
+        """Let go of the peers' memory. Idempotent."""
+        self._windows.close()
+
+
+def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float, age: int) -> list[Tensor]:
+    """Square of a gradient's noise, as two workers' first moments show it: `(m_i - m_j)^2 / 2f`, one number per row.
+
+    Args:
+        mine, theirs: First moments, before correction for the beginning, of each parameter.
+        beta1: With which they are running means.
+        age: Steps that they are means of; f is what such a mean has left of independent noise.
+    """
+    left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * age)) / (1 - beta1**2)
+    squares = [by_row_of_square(m - t) for m, t in zip(mine, theirs, strict=True)]
+    torch._foreach_div_(squares, 2 * left)
+    return squares
+
+
+def by_row(tensor: Tensor) -> Tensor:
+    """Mean over all axes but the first, which stay with length 1; of a vector or a number, over all of it."""
+    axes = _within_row(tensor)
+    return tensor.mean(axes, keepdim=True, dtype=torch.float32) if axes else tensor.float().clone()
+
+
+def by_row_of_square(tensor: Tensor) -> Tensor:
+    """`by_row` of the square, in one pass."""
+    axes = _within_row(tensor)
+    if not axes:
+        return tensor.float().square()
+    norms = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=torch.float32)
+    return norms.square_().mul_(norms.numel() / max(tensor.numel(), 1))
+
+
+def _within_row(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(range(1 if tensor.dim() > 1 else 0, tensor.dim()))

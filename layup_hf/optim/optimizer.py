@@ -1,0 +1,266 @@
+"""One torch optimizer to the outside, stepped block by block inside."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block
+from .shares import Share
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    """Steps one block at a time with the optimizer that the Trainer would have used for the whole model.
+
+    There is one inner optimizer, with its own class, arguments, parameter groups and state. To step a block, the inner
+    optimizer is shown only that block's share of each group for the duration of one `step()` call: one
+    foreach or fused call per block. `param_groups`, `state` and `state_dict()` are the inner optimizer's own, so
+    schedulers, loggers and checkpoints see exactly what they would see without blocks.
+
+    Args:
+        inner: The optimizer over all trainable parameters. Its state, if it has any, is kept.
+        blocks: The model's blocks; together they must hold every parameter of `inner`.
+
+    Attributes:
+        before_step: Called first by `step()`, if set; completes the blocks that backward left incomplete.
+        take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
+            Unset, `step_block` alone.
+        around_step: What belongs around the inner optimizer's step of a block, if set.
+        keeps_gradients: Whether a block that has been stepped keeps its gradients until `zero_grad()`.
+        scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
+            not finite does not step; the scaler learns of it. Nothing is synchronised.
+
+    Raises:
+        ValueError: `inner` cannot be stepped block by block, or has parameters that are in no block.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, blocks: Sequence[Block]) -> None:
+        # torch.optim.Optimizer.__init__ would create groups and state of its own; both are the inner optimizer's.
+        refuse_unsteppable(inner)
+        _forget_positions(inner)
+        self.inner = inner
+        self.before_step: Callable[[], None] | None = None
+        self.take_block: Callable[[Block], None] | None = None
+        self.around_step: Callable[[Block], AbstractContextManager[None]] | None = None
+        self.keeps_gradients = False
+        self.scaler: torch.amp.GradScaler | None = None
+        self._blocks = list(blocks)
+        self._stepped = [False] * len(self._blocks)
+        self._shares = self._share_groups()
+        self._scaled = [_ScaledBlock(weakref.proxy(self), block) for block in self._blocks]
+        # Hooks of the inner optimizer are of a whole step: they come with ours, not with every block's.
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
+            vars(inner).get(name, OrderedDict()) for name in _HOOKS
+        )
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The inner optimizer's state of one parameter, on the CPU; empty before its first step."""
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._held(parameter)}
+
+    def set_state_of(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Give a parameter the state that another worker's optimizer has for it."""
+        group = next(g for g in self.inner.param_groups if any(parameter is p for p in g["params"]))
+        scalars_on_device = bool(group.get("fused") or group.get("capturable"))
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (value.dim() > 0 or scalars_on_device):
+                state[key] = value.to(parameter.device)
+        self.inner.state[parameter] = state
+
+    def _held(self, parameter: Tensor) -> list[tuple[str, Any]]:
+        return list(self.inner.state[parameter].items()) if parameter in self.inner.state else []
+
+    def _share_groups(self) -> list[list[Share]]:
+        """Each block's part of each parameter group."""
+        block_of = {id(parameter): block.index for block in self._blocks for parameter in block.parameters}
+        shares: list[dict[int, Share]] = [{} for _ in self._blocks]
+        for number, group in enumerate(self.inner.param_groups):
+            for parameter in group["params"]:
+                index = block_of.get(id(parameter))
+                if index is None:
+                    raise ValueError(
+                        f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is in no block: it is "
+                        "frozen, or not the model's. Give the optimizer only parameters of the model with "
+                        "`requires_grad=True`."
+                    )
+                shares[index].setdefault(number, Share(number, [])).params.append(parameter)
+        return [list(groups.values()) for groups in shares]
+
+    def step_block(self, block: Block) -> None:
+        """Step the parameters of `block` with their gradients, then free these unless they are to be kept."""
+        if self.scaler is None:
+            self._step_share(block)
+        else:
+            self.scaler.step(self._scaled[block.index])
+        for parameter in block.parameters if not self.keeps_gradients else ():
+            parameter.grad = None
+        self._stepped[block.index] = True
+
+    def unscale_block(self, block: Block) -> None:
+        """Take the scaler's factor out of the gradients of `block`, and let it see whether they are finite."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self._scaled[block.index])
+
+    def _step_share(self, block: Block) -> None:
+        inner, groups, shares = self.inner, self.inner.param_groups, self._shares[block.index]
+        views = [share.view(groups[share.group]) for share in shares]
+        hooks = {name: vars(inner)[name] for name in _HOOKS if name in vars(inner)}
+        inner.param_groups = views
+        vars(inner).update({name: OrderedDict() for name in hooks})
+        try:
+            with contextlib.nullcontext() if self.around_step is None else self.around_step(block):
+                inner.step()
+        finally:
+            inner.param_groups = groups
+            vars(inner).update(hooks)
+        for share, view in zip(shares, views, strict=True):
+            share.keep(groups[share.group], view, type(inner).__name__)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every block that has not been stepped since the last call."""
+        if closure is not None:
+            raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            hook(self.inner, (), {})
+        if self.before_step is not None:
+            self.before_step()
+        take_block = self.take_block or self.step_block
+        try:
+            with self._told_of_overflow():
+                for block in reversed(self._blocks):
+                    if not self._stepped[block.index]:
+                        take_block(block)
+        finally:  # if memory has run out here, the next step is a new one
+            self._stepped = [False] * len(self._blocks)
+        self._keep_counters()
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self.inner, (), {})
+
+    def _keep_counters(self) -> None:
+        """Put what blocks count for themselves into their groups, now that all have stepped.
+
+        Raises:
+            ValueError: The blocks have come to different figures: it is not steps that are counted.
+        """
+        counters: list[dict[str, Any]] = [{} for _ in self.inner.param_groups]
+        for share in itertools.chain.from_iterable(self._shares):
+            for name, value in (share.own or {}).items():
+                first = counters[share.group].setdefault(name, value)
+                if not isinstance(value, Tensor) and value != first:  # to compare tensors would wait for the device
+                    raise ValueError(
+                        f"{type(self.inner).__name__} takes {name!r} from all parameters of a group together, which "
+                        "cannot be stepped block by block. Choose another `optim`, such as adamw_torch."
+                    )
+        for group, counted in zip(self.inner.param_groups, counters, strict=True):
+            group.update(counted)
+
+    @contextlib.contextmanager
+    def _told_of_overflow(self) -> Iterator[None]:
+        """Pass on what a GradScaler has set on this optimizer for one step, if blocks have not been through it."""
+        names = () if self.scaler is not None else ("grad_scale", "found_inf")
+        told = {name: vars(self)[name] for name in names if name in vars(self)}
+        vars(self.inner).update(told)
+        try:
+            yield
+        finally:
+            for name in told:
+                delattr(self.inner, name)
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether something is hooked to it that wants to see the whole gradient before the step."""
+        return bool(self._optimizer_step_pre_hooks)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+        for share in itertools.chain.from_iterable(self._shares):
+            share.own = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ValueError(
+            "A parameter group cannot be added after the blocks have been made. Unfreeze what is to be trained first."
+        )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """To a GradScaler: whether to call `step()` in any case; steps that overflow are skipped inside."""
+        return self.scaler is not None or getattr(self.inner, "_step_supports_amp_scaling", False)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A deep copy, or what is unpickled, is a plain optimizer, as the Trainer's would be."""
+        return _itself, (self.inner,)
+
+    def __repr__(self) -> str:
+        return f"BlockOptimizer({len(self._blocks)} blocks of {self.inner!r})"
+
+
+class _ScaledBlock:
+    """One block, as an optimizer of its own to a GradScaler, which then checks and skips it without the others."""
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | int = 0  # the scaler sets it for the time of a step
+
+    def __init__(self, optimizer: BlockOptimizer, block: Block) -> None:
+        self.param_groups = [{"params": list(block.parameters)}]
+        self._optimizer, self._block = optimizer, block
+
+    def step(self) -> None:
+        inner = self._optimizer.inner
+        inner.found_inf = self.found_inf  # kernels that support it leave everything as it is if this is not zero
+        try:
+            self._optimizer._step_share(self._block)
+        finally:
+            del inner.found_inf
+
+
+def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
+
+
+def _forget_positions(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of bitsandbytes know its special parameters (embeddings in 32 bits) by identity alone.
+
+    It finds them in its groups before its first step, and then also by their position, which in a block is another's.
+    """
+    if hasattr(optimizer, "check_overrides"):
+        optimizer.check_overrides()
+        optimizer.mng.index2config.clear()
+        optimizer.initialized = True
+
+
+def refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` for an optimizer whose step needs the whole model at once."""
+    name = type(optimizer).__name__
+    whole_model = isinstance(optimizer, torch.optim.LBFGS) or name in {"LOMO", "AdaLOMO", "Lomo", "AdaLomo"}
+    if whole_model or name.startswith("LayerWiseDummy") or hasattr(optimizer, "train"):
+        raise ValueError(
+            f"{name} cannot be stepped block by block: it steps inside backward itself, evaluates the model again, or "
+            "switches between training and evaluation weights. Choose another `optim`, such as adamw_torch."
+        )

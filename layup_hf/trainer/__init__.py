@@ -1,0 +1,1 @@
+"""All that knows the Trainer of transformers; no other folder does."""

@@ -1,0 +1,264 @@
+"""What cannot be combined with LayUp: refused at construction, with the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..optim.adam import is_plain_adam
+from ..windows.straggler import StragglerConfig
+
+_UNSTEPPABLE = {
+    "layerwise": "it steps inside backward itself",
+    "lomo": "it steps inside backward itself",
+    "schedule_free": "it switches between training and evaluation weights",
+    "grokadamw": "it keeps the state of all its parameters together",
+}
+"""Parts of the names of optimizers that cannot be stepped block by block, and why."""
+
+_TORCH_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+def check_options(args: Any) -> None:
+    """Refuse values of LayUp's own options, and combinations that the arguments alone show to be impossible.
+
+    Raises:
+        ValueError: Naming the options and the remedy.
+    """
+    peers = getattr(args, "peers_per_step", None)
+    if peers is not None and peers < 1:
+        raise ValueError(
+            f"peers_per_step={peers}: a worker must offer to at least one peer. Leave it unset for the default."
+        )
+    if getattr(args, "straggler", None):
+        StragglerConfig.parse(args.straggler)
+    windows = getattr(args, "windows", "auto")
+    if windows not in ("auto", "shared", "nixl"):
+        raise ValueError(f"windows={windows!r} is unknown: use 'auto', 'shared' or 'nixl'.")
+    if windows == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise ValueError("windows='nixl' needs the package nixl: pip install 'layup_hf[nixl]'.")
+    wire_dtype = getattr(args, "wire_dtype", "fp32")
+    if wire_dtype not in ("fp32", "bf16"):
+        raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32' or 'bf16'.")
+    if wire_dtype != "fp32" and windows == "shared":
+        raise ValueError(
+            f"`wire_dtype={wire_dtype!r}` and `windows='shared'` exclude each other: shared memory is read in place. "
+            "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'."
+        )
+    if getattr(args, "offer_every", 1) < 1:
+        raise ValueError(
+            f"offer_every={args.offer_every}: a block must be offered at least now and then. Use 1 or more."
+        )
+    second_moment = getattr(args, "second_moment", "auto")
+    if second_moment not in ("auto", "mean", "own"):
+        raise ValueError(f"second_moment={second_moment!r} is unknown: use 'auto', 'mean' or 'own'.")
+    if second_moment == "mean" and windows == "nixl":
+        raise ValueError(
+            "`second_moment='mean'` and `windows='nixl'` exclude each other: moments of peers are read in shared "
+            "memory. Leave one of the two at 'auto'."
+        )
+    nesterov = getattr(args, "nesterov", "auto")
+    if nesterov not in ("auto", "on", "off"):
+        raise ValueError(f"nesterov={nesterov!r} is unknown: use 'auto', 'on' or 'off'.")
+    if getattr(args, "merge_at", "boundary") not in ("boundary", "arrival"):
+        raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary' or 'arrival'.")
+    _check_bias_options(args)
+    lease = getattr(args, "lease_seconds", None)
+    if lease is not None and not 1 <= lease < math.inf:
+        raise ValueError(
+            f"lease_seconds={lease}: a lease is renewed several times before it runs out. Use at least 1 second."
+        )
+    clip = getattr(args, "clip", "estimate")
+    if clip not in ("estimate", "exact"):
+        raise ValueError(f"clip={clip!r} is unknown: use 'estimate' or 'exact'.")
+
+    for option, what in _REFUSED.items():
+        if getattr(args, option, None):
+            raise ValueError(
+                f"`{option}` and LayUp exclude each other: {what}. Remove `{option}`, or train with the stock "
+                "`Trainer`."
+            )
+    checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
+        args, "gradient_checkpointing_kwargs", None
+    )
+    if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "`activation_checkpointing_kwargs={'use_reentrant': True}` and LayUp exclude each other: reentrant "
+            "checkpointing runs backward inside backward, so a block would be stepped twice. Set `use_reentrant` to "
+            "False."
+        )
+    _check_data_options(args)
+    optim = getattr(args, "optim", None) or ""
+    name = getattr(optim, "value", optim)
+    for part, why in _UNSTEPPABLE.items():
+        if part in name:
+            raise ValueError(
+                f"`optim={name!r}` and LayUp exclude each other: it cannot be stepped block by block, as {why}. Choose "
+                "another one, such as 'adamw_torch'."
+            )
+
+
+def _check_bias_options(args: Any) -> None:
+    """What the measurement of the gradient's bias cannot take apart."""
+    every = getattr(args, "bias_every", 0)
+    if every < 0:
+        raise ValueError(f"bias_every={every}: measure in every so many steps, or never (0).")
+    for option, usual, why in (
+        ("gradient_accumulation_steps", 1, "the gradient is then of several forwards"),
+        ("fp16", False, "the gradient is then scaled; use `bf16`"),
+        ("torch_compile", False, "compiled layers have their parameters built in"),
+    ):
+        if every and getattr(args, option, usual) != usual:
+            raise ValueError(
+                f"`bias_every` and `{option}` exclude each other: {why}. Leave `{option}` at {usual!r} to measure."
+            )
+
+
+def _check_data_options(args: Any) -> None:
+    """Ways to hand out batches that would make workers wait for each other."""
+    config = getattr(args, "accelerator_config", None) or {}
+    values = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # a dict, or a file, at first
+    for option, instead in (
+        ("dispatch_batches", "leave it unset, and every worker reads the data set itself"),
+        ("split_batches", "set `per_device_train_batch_size` to what one worker is to take"),
+    ):
+        if values.get(option):
+            raise ValueError(
+                f"`accelerator_config={{'{option}': True}}` and LayUp exclude each other: all workers would take each "
+                f"batch together. Remove `{option}`: {instead}."
+            )
+    shares = getattr(args, "shared_batches", True)
+    if not shares and not values.get("use_seedable_sampler", True):
+        raise ValueError(
+            "`accelerator_config={'use_seedable_sampler': False}` and `shared_batches=False` exclude each other: the "
+            "workers would wait for rank 0's random numbers in every epoch. Remove one of the two."
+        )
+    if shares and not getattr(args, "dataloader_in_order", True):
+        raise ValueError(
+            "`dataloader_in_order=False` and `shared_batches=True` exclude each other: a worker must know which batch "
+            "it has got. Remove one of the two."
+        )
+    if shares and getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` and `shared_batches=True` exclude each other: it makes a "
+            "shard for each worker in advance. Use 'group_by_length', or set `shared_batches=False`."
+        )
+
+
+_REFUSED = {
+    "deepspeed": "DeepSpeed shards the model or its optimizer over the workers, LayUp trains a full replica on each",
+    "fsdp": "FSDP shards the model over the workers, LayUp trains a full replica on each",
+    "parallelism_config": "tensor and context parallelism split one model over the workers, LayUp trains a full "
+    "replica on each",
+}
+
+
+def check_runtime(trainer: Any) -> None:
+    """Refuse what only the running process shows: the launcher's settings and the devices.
+
+    Raises:
+        ValueError: Naming the setting and the remedy.
+    """
+    args = trainer.args
+    distributed = trainer.accelerator.distributed_type.value
+    if distributed in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TP"):
+        raise ValueError(
+            f"The launcher asks for {distributed}, which LayUp excludes: every worker trains a full replica. Launch "
+            "with `accelerate launch --multi_gpu --num_processes N`, without a plugin for sharding."
+        )
+    if trainer.accelerator.mixed_precision == "fp16" and trainer.accelerator.scaler is None:
+        raise ValueError(
+            f"`fp16` on a {args.device.type} device and LayUp exclude each other: accelerate scales no loss there. Use "
+            "`bf16`, or `--mixed_precision bf16` if the launcher asks for it."
+        )
+    if trainer.optimizer is not None:
+        check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
+    elif trainer.optimizer_cls_and_kwargs is None:  # it is made by `optim`, when training begins
+        skips, is_adamw = args.optim == OptimizerNames.ADAMW_TORCH_FUSED, args.optim in _TORCH_ADAMW
+        _refuse_optimizer(f"optim={args.optim.value!r}", args, trainer.accelerator.scaler, skips, is_adamw)
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "The model was loaded in shards (`distributed_config`), which LayUp excludes: every worker trains a full "
+            "replica. Load it without."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs and would use DataParallel, which LayUp excludes. Start one process "
+            f"per GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py`."
+        )
+    if getattr(args, "num_generations", None) and args.world_size > 1:
+        raise ValueError(
+            f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
+            "of one prompt (`num_generations`) over the workers and compares them in every step, so all would wait for "
+            "each other. Use an offline method, or the stock trainer."
+        )
+
+
+def check_model(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse a model that needs all workers in every step.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
+            "Use BatchNorm: its running statistics are exchanged with the block that it is in."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, args: TrainingArguments, scaler: Any) -> None:
+    """Refuse an optimizer that cannot do what the options ask of it.
+
+    Args:
+        optimizer: The user's own, or what the Trainer has made.
+        args: The Trainer's.
+        scaler: Of the loss, or None.
+
+    Raises:
+        ValueError: Naming the option and the remedy.
+    """
+    skips = getattr(optimizer, "_step_supports_amp_scaling", False)
+    _refuse_optimizer(type(optimizer).__name__, args, scaler, skips, is_plain_adam(optimizer))
+
+
+def _refuse_optimizer(name: str, args: TrainingArguments, scaler: Any, skips: bool, is_adamw: bool) -> None:
+    """For an optimizer that there is, and for one that is yet to be made."""
+    if scaler is not None and not skips and getattr(args, "clip", "estimate") != "exact":
+        raise ValueError(
+            f"`fp16` and {name} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
+            "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or "
+            "`bf16`."
+        )
+    for option, value in (("second_moment", "mean"), ("nesterov", "on")):
+        if getattr(args, option, "auto") == value and not is_adamw:
+            raise ValueError(
+                f"`{option}={value!r}` and {name} exclude each other: it needs torch's AdamW without `amsgrad` "
+                "and `maximize`, with one pair of betas, of which the first is not 0 (or such an Adam without weight "
+                f"decay). Use `optim='adamw_torch'`, or leave `{option}` at 'auto'."
+            )
+
+
+def check_data(dataset: Any, args: TrainingArguments) -> None:
+    """Refuse a training set that has fewer steps in an epoch than there are workers.
+
+    Raises:
+        ValueError: With the numbers and the remedy.
+    """
+    if dataset is None or not hasattr(dataset, "__len__") or args.world_size == 1:
+        return
+    samples = args.train_batch_size * args.gradient_accumulation_steps
+    dropped = len(dataset) % args.train_batch_size if args.dataloader_drop_last else 0
+    steps = -(-(len(dataset) - dropped) // samples)
+    if steps < args.world_size:
+        raise ValueError(
+            f"The training set has {len(dataset)} samples, {steps} steps of {samples}: fewer than the "
+            f"{args.world_size} workers. Start at most {max(steps, 1)} workers, lower `per_device_train_batch_size` or "
+            "`gradient_accumulation_steps`, or train on more data."
+        )

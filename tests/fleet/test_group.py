@@ -1,0 +1,103 @@
+"""Process groups of real workers: a collective that waits for a frozen peer can be ended, and a new group formed."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from launching import SCRIPTS, environment_of, processes_with
+from torch.distributed import TCPStore
+
+from layup_hf.fleet.group import is_of_group
+
+WORKERS = 3
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of those that are left, by rank."""
+    folder, name = tmp_path_factory.mktemp("group"), uuid.uuid4().hex
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as temporary, (folder / "log.txt").open("w") as log:
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPTS / "group.py"), *map(str, (rank, WORKERS, store.port))],
+                env=environment_of(name, folder, Path(temporary)),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(WORKERS)
+        ]
+        try:
+            end = time.monotonic() + 90
+            while any(process.poll() is None for process in started[:-1]) and time.monotonic() < end:
+                time.sleep(0.1)
+            codes = [process.poll() for process in started]
+        finally:
+            for process in processes_with("LAYUP_TEST_RUN", name):
+                process.kill()
+            for process in started:
+                process.wait(10)
+    output = (folder / "log.txt").read_text()
+    assert codes == [0, 0, None], output[-8000:]
+    assert output.count("the process group is destroyed at exit") == WORKERS - 1, output[-8000:]
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(WORKERS - 1)]
+
+
+def test_all_that_are_there_form_a_group(results):
+    for rank, result in enumerate(results):
+        assert result["era 1"]["torch"] == [rank, 3]
+        assert result["era 1"]["gathered"] == [0, 1, 2]
+
+
+def test_a_collective_that_waits_for_a_frozen_peer_is_ended(results):
+    for result in results:
+        assert 0.5 < result["aborted"]["seconds"] < 10
+        assert result["aborted"]["is_of_group"], result["aborted"]["error"]
+
+
+def test_what_else_is_connected_stays_so(results):
+    assert all(result["store_answers"] for result in results)
+
+
+def test_those_who_are_left_form_a_new_group_at_once(results):
+    for rank, result in enumerate(results):
+        assert result["era 2"]["seconds"] < 10
+        assert result["era 2"]["torch"] == [rank, 2]
+        assert result["era 2"]["gathered"] == [0, 1]
+
+
+@pytest.mark.parametrize(("era", "workers"), [("era 1", 3), ("era 2", 2)])
+def test_accelerate_sees_the_group(results, era, workers):
+    for rank, result in enumerate(results):
+        assert result["alone"] == [1, "NO"]
+        assert result[era]["accelerate"] == [rank, workers]
+        assert result[era]["accelerator"] == [rank, workers, rank == 0]
+        assert result[era]["kind"] == "MULTI_CPU"
+
+
+def caused_by(cause):
+    error = RuntimeError("wrapped")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (torch.distributed.DistNetworkError("recv failed"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (caused_by(torch.distributed.DistStoreError("wait timeout")), True),
+        (RuntimeError("CUDA out of memory"), False),
+        (RuntimeError("Mass is not conserved"), False),
+        (caused_by(KeyError("loss")), False),
+    ],
+)
+def test_errors_of_the_group_are_told_from_others(error, expected):
+    assert is_of_group(error) is expected

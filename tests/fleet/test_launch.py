@@ -1,0 +1,132 @@
+"""What is settled before the process group is made: the interface, and whether a worker joins a running job."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+from layup_hf import LayupConfig
+from layup_hf.fleet.keeper import PREFIX, WORKERS
+from layup_hf.fleet.launch import has_joined, prepare_launch
+from layup_hf.fleet.store import Job
+from layup_hf.trainer.eras import Eras
+
+VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """The store of one of several launches, whose process group is not really made: that it would be is noted."""
+    server, made = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "")  # so that it is put back afterwards
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: made.append(options))
+    yield SimpleNamespace(store=PrefixStore(PREFIX, server), made=made)
+    del server
+
+
+@pytest.fixture
+def job(launcher):
+    """One that has begun, as its launcher knows, and has a worker."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0)
+    job.announce(launcher.store)
+    job.connect().add(WORKERS, 1)
+    yield job
+    del server
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_joined_afterwards():
+    yield
+    has_joined(SimpleNamespace())
+
+
+def prepare(**options):
+    arguments = SimpleNamespace(**{"join": None, "network_interface": None, "use_cpu": True, **options})
+    prepare_launch(arguments)
+    return arguments
+
+
+def is_alone(launcher):
+    return [(options["rank"], options["world_size"]) for options in launcher.made] == [(0, 1)]
+
+
+def test_the_first_launches_join_nothing(launcher):
+    assert prepare().job_to_join is None
+    assert not launcher.made
+    assert len({os.environ[variable] for variable in VARIABLES}) == 1  # but have chosen an interface
+
+
+def test_a_launch_that_is_repeated_joins_and_is_alone_until_then(launcher, job):
+    assert prepare().job_to_join == job
+    assert is_alone(launcher)
+
+
+def test_every_configuration_of_a_process_joins_until_it_has_joined(launcher, job, monkeypatch):
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    place = f"127.0.0.1:{job.port}"
+    prepare(join=place)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    second = prepare(join=place)
+    assert second.job_to_join == job
+    has_joined(second)
+    assert second.job_to_join is None
+    assert prepare().job_to_join is None
+
+
+def test_one_more_worker_joins_where_it_is_told(launcher, job, monkeypatch):
+    for variable in ("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable)
+    assert prepare(join=f"127.0.0.1:{job.port}").job_to_join == job
+    assert is_alone(launcher)
+
+
+def test_a_job_whose_workers_have_left_is_not_joined(launcher, job):
+    job.connect().add(WORKERS, -1)
+    assert prepare().job_to_join is None
+    assert not launcher.made
+
+
+@pytest.mark.timeout(30)
+def test_a_job_whose_store_is_gone_is_not_joined_and_not_waited_for(launcher):
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0).announce(launcher.store)
+    del server
+    assert prepare().job_to_join is None
+    assert not launcher.made
+
+
+def test_one_launch_asks_nobody(monkeypatch):
+    for variable in ("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert prepare(network_interface="eth99").job_to_join is None
+
+
+def test_an_interface_that_is_not_there_is_refused_where_there_are_several_launches(launcher, tmp_path):
+    with pytest.raises(ValueError, match=r"network_interface='eth99' is no interface with an IPv4 address.*There are:"):
+        LayupConfig(output_dir=str(tmp_path), use_cpu=True, network_interface="eth99")
+    assert not any(variable in os.environ for variable in VARIABLES)
+
+
+def test_joining_comes_before_the_process_group(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert prepare().job_to_join is None
+    with pytest.raises(ValueError, match=r"`join` comes too late.*Create the configuration before"):
+        prepare(join="127.0.0.1:7000")
+
+
+def test_who_joins_cannot_have_a_shard():
+    job = SimpleNamespace(workers=3)
+    joining = SimpleNamespace(args=SimpleNamespace(job_to_join=job, world_size=1, shared_batches=False))
+    with pytest.raises(ValueError, match=r"`shared_batches=False` and joining a running job exclude each other"):
+        Eras._plan_workers(joining)
+    joining.args.shared_batches = True
+    assert Eras._plan_workers(joining) is job
+    assert joining._planned == 3

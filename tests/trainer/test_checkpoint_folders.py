@@ -1,0 +1,57 @@
+"""Whose folder a checkpoint is written into: one that all workers share, or one of each machine."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+from fleet import gather_between_threads, together
+
+from layup_hf.trainer.checkpoint import UNFINISHED, Checkpoints
+
+
+def write_and_compare(folders, late=0.0):
+    """Workers write a file each, and then see whether rank 0 has them all; the last one writes `late` seconds later."""
+    for_rank = gather_between_threads(len(folders))
+
+    def work(rank):
+        worker = Checkpoints()
+        worker.args = SimpleNamespace(process_index=rank, should_save=rank == 0)
+        worker._gather, worker.is_world_process_zero = for_rank(rank), lambda: rank == 0
+        aside = folders[rank] / UNFINISHED / "checkpoint-5"
+        aside.mkdir(parents=True, exist_ok=True)
+        if rank == len(folders) - 1:
+            time.sleep(late)
+        (aside / f"optimizer_{rank}.pt").touch()
+        worker._require_shared_folder(aside)
+        return worker._has_warned_of_folder
+
+    return together([lambda rank=rank: work(rank) for rank in range(len(folders))])
+
+
+def written(folder):
+    return {path.name for path in (folder / UNFINISHED).rglob("*.pt")}
+
+
+@pytest.mark.parametrize("late", [0.0, 0.3])
+def test_a_folder_that_all_share_keeps_what_each_has_written(tmp_path, late):
+    assert write_and_compare([tmp_path] * 3, late) == [False] * 3
+    assert written(tmp_path) == {"optimizer_0.pt", "optimizer_1.pt", "optimizer_2.pt"}
+
+
+def test_what_lies_apart_from_rank_0_is_said_and_cleared_away(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert write_and_compare([here, here, there]) == [True, False, False]
+    assert written(here) == {"optimizer_0.pt", "optimizer_1.pt"}
+    assert not (there / UNFINISHED).exists()
+
+
+def test_a_worker_that_joins_leaves_alone_what_the_others_are_writing(tmp_path):
+    (tmp_path / UNFINISHED / "checkpoint-5").mkdir(parents=True)
+    worker = Checkpoints()
+    worker.args = SimpleNamespace(should_save=True)
+    worker._aside, worker._is_outside = str(tmp_path), True
+    worker._resume(None, None)
+    assert (tmp_path / UNFINISHED / "checkpoint-5").exists()
+    worker._is_outside = False
+    worker._resume(None, None)
+    assert not (tmp_path / UNFINISHED).exists()
