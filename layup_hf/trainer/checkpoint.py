@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what a run goes on from."""
+"""Checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from json import JSONDecodeError
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from transformers.utils import logging
+
+from .collectives import Collectives
+from .host import Host
+from .hub import HubPushes
+from .resumed import Resumed, optimizer_name, readable
+from .state import RunState
 
 logger = logging.get_logger(__name__)
 
@@ -27,109 +28,69 @@ UNFINISHED = "_unfinished"
 
 _REPLACED = "replaced"
 
-POSITION = "layup_hf"
-"""Where the position in the data is among the callbacks' states in `trainer_state.json`."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What training goes on from.
-
-    Attributes:
-        folder: The checkpoint.
-        global_step: Its step.
-        epoch: Epochs that all workers together had trained, with the fraction of the last one.
-        max_steps: The step that training was to end with.
-        workers: How many workers there were.
-        position: Where they were in the data, from `_keep_position`; None for a checkpoint of one process.
-    """
-
-    folder: Path
-    global_step: int
-    epoch: float
-    max_steps: int
-    workers: int
-    position: dict[str, Any] | None
-
-    @classmethod
-    def read(cls, folder: str | None) -> Resumed | None:
-        """What `folder` says; None if it is no checkpoint of a Trainer."""
-        file = Path(folder or "", TRAINER_STATE_NAME)
-        if folder is None or not file.is_file():
-            return None
-        with readable(folder):
-            state = TrainerState.load_from_json(str(file))
-        position = state.stateful_callbacks.get(POSITION)
-        workers = (position or {}).get("workers") or max(1, len(list(Path(folder).glob("rng_state_*.pth"))))
-        return cls(Path(folder), state.global_step, state.epoch or 0.0, state.max_steps, workers, position)
-
-    def optimizer_file(self, rank: int) -> Path | None:
-        """The optimizer state for this rank, of the workers in turn if they were fewer; None where it is rank 0's."""
-        file = self.folder / _optimizer_name(rank % self.workers)
-        return file if file.is_file() else None
-
 
 class Checkpoints:
-    """Writes a checkpoint so that it appears at once when it is complete. To be mixed into a subclass of `Trainer`.
+    """Writes a checkpoint so that it appears at once when it is complete.
 
     All workers write into a folder aside, which is renamed when all have written; only then older checkpoints are
     removed. Whatever ends the run at whatever moment, the folders named `checkpoint-*` are complete. (A machine that
     loses its power may lose what its file system had not written yet.)
+
+    Attributes:
+        has_warned_of_folder: It has been said that workers do not write to one folder.
     """
 
-    _resumed: Resumed | None = None
-    _aside: str | None = None  # where a checkpoint is being written
-    _has_warned_of_folder = False
-    _is_outside = False  # this worker is yet to join a running job
+    def __init__(self, host: Host, state: RunState, collectives: Collectives, hub: HubPushes) -> None:
+        self._host, self._state, self._collectives, self._hub = host, state, collectives, hub
+        self._aside: str | None = None  # where a checkpoint is being written
+        self._push: Callable[[str], None] | None = None  # what is to be done when it is complete
+        self.has_warned_of_folder = False
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._aside or super()._get_output_dir(trial)
+    # ---- Writing ----
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output_dir, name = super()._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(output_dir)
+    def output_dir(self, stock: Callable[[], str]) -> str:
+        """Where the Trainer is to write."""
+        return self._aside or stock()
+
+    def save(self, output_dir: str, stock: Callable[[], None]) -> None:
+        """Write one into `output_dir`. Collective.
+
+        Args:
+            output_dir: Where checkpoints go.
+            stock: The Trainer's own way to write one.
+        """
+        args, state, folder = self._host.args, self._host.state, Path(output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         with self._writing_aside(folder):
-            super()._save_checkpoint(model, trial)
-        self._require_shared_folder(folder / UNFINISHED / name)
-        best, written = self._best_of(output_dir), self.state.best_model_checkpoint
-        self.state.best_model_checkpoint = best
-        if self.args.should_save:
+            stock()
+        self.require_shared_folder(folder / UNFINISHED / name)
+        best, written = self._best_of(output_dir), state.best_model_checkpoint
+        state.best_model_checkpoint = best
+        if args.should_save:
             if best != written:
-                self.state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
+                state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
             _publish(folder, name)
-        if self._is_to_be_pushed:
-            super()._push_from_checkpoint(str(folder / name))
-        if self.args.should_save and (self.args.save_total_limit or 0) > 0:
-            _rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self._gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
+        if self._push is not None:
+            self._hub.push_checkpoint(str(folder / name), self._push)
+        if args.should_save and (args.save_total_limit or 0) > 0:
+            _rotate(folder, args.save_total_limit, state.best_model_checkpoint)
+        self._collectives.gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
 
-    def _require_shared_folder(self, aside: Path) -> None:
-        """Once all have written, see whether rank 0 has it all; say so if not, and clear away the rest. Collective."""
-        self._gather(None)  # all have written
-        written = self._gather(set(os.listdir(aside)) if aside.is_dir() else set())
-        apart = [rank for rank, files in enumerate(written) if files and files.isdisjoint(written[0])]
-        if self.args.process_index in apart and not self.args.should_save:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-        if apart and self.is_world_process_zero() and not self._has_warned_of_folder:
-            self._has_warned_of_folder = True
-            logger.warning(
-                f"The output directory of rank {', '.join(map(str, apart))} is not that of rank 0, so the checkpoints "
-                "have the optimizer and random states of the others alone, and these workers resume with rank 0's. A "
-                "file system that all machines share keeps them all."
-            )
+    def push(self, checkpoint_folder: str, stock: Callable[[str], None]) -> None:
+        """Push a checkpoint; one that is being written when it is complete, under its own name.
 
-    def _best_of(self, output_dir: str) -> str | None:
-        """The best checkpoint, under the name that the Trainer gives it; it looks where this one is being written."""
-        step = self.state.best_global_step
-        if not step or self.args.save_strategy == SaveStrategy.NO:
-            return self.state.best_model_checkpoint
-        best = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        is_there = step == self.state.global_step or os.path.exists(best)
-        return best if is_there else self.state.best_model_checkpoint
+        Args:
+            checkpoint_folder: Where it is now.
+            stock: The Trainer's own way to push a folder.
+        """
+        if self._aside is None:
+            self._hub.push_checkpoint(checkpoint_folder, stock)
+        else:
+            self._push = stock
 
     @contextlib.contextmanager
     def _writing_aside(self, folder: Path) -> Iterator[None]:
-        self._aside, self._is_to_be_pushed = str(folder / UNFINISHED), False
+        self._aside, self._push = str(folder / UNFINISHED), None
         try:
             yield
         except Exception as error:
@@ -138,94 +99,97 @@ class Checkpoints:
         finally:
             self._aside = None
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-        else:
-            self._is_to_be_pushed = True  # when it is complete, under its own name
+    def require_shared_folder(self, aside: Path) -> None:
+        """Once all have written, see whether rank 0 has it all; say so if not, and clear away the rest. Collective."""
+        args, gather = self._host.args, self._collectives.gather
+        gather(None)  # all have written
+        written = gather(set(os.listdir(aside)) if aside.is_dir() else set())
+        apart = [rank for rank, files in enumerate(written) if files and files.isdisjoint(written[0])]
+        if self._host.rank in apart and not args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        if apart and self._host.is_first and not self.has_warned_of_folder:
+            self.has_warned_of_folder = True
+            logger.warning(
+                f"The output directory of rank {', '.join(map(str, apart))} is not that of rank 0, so the checkpoints "
+                "have the optimizer and random states of the others alone, and these workers resume with rank 0's. A "
+                "file system that all machines share keeps them all."
+            )
 
-    def _resume(self, checkpoint: str | None, trial: Any) -> None:
+    def _best_of(self, output_dir: str) -> str | None:
+        """The best checkpoint, under the name that the Trainer gives it; it looks where this one is being written."""
+        state = self._host.state
+        step = state.best_global_step
+        if not step or self._host.args.save_strategy == SaveStrategy.NO:
+            return state.best_model_checkpoint
+        best = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        is_there = step == state.global_step or os.path.exists(best)
+        return best if is_there else state.best_model_checkpoint
+
+    def save_optimizer(self, output_dir: str) -> None:
+        """Beside what rank 0 writes, the optimizer's state of every other worker."""
+        rank = self._host.rank
+        if rank > 0:
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(self._host.optimizer.state_dict(), os.path.join(output_dir, optimizer_name(rank)))
+
+    def keep_best_alone(self, trial: Any) -> None:
+        """At the end of training, with `save_total_limit=1`: remove the others, as the Trainer would file by file."""
+        args, best_of_all = self._host.args, self._host.state.best_model_checkpoint
+        if args.should_save and best_of_all is not None and args.save_total_limit == 1:
+            folder, best = Path(self._host.output_dir(trial)), Path(best_of_all).resolve()
+            others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
+            _remove(folder, others if best.is_dir() else [])
+
+    # ---- Resuming ----
+
+    def resume(self, checkpoint: str | None, trial: Any) -> None:
         """Find out what training goes on from, and clear away what a killed run has left. Before all workers meet."""
-        self._resumed = Resumed.read(checkpoint)
-        if self.args.should_save and not self._is_outside:  # the others may be writing just now
-            folder = Path(self._get_output_dir(trial))
+        self._state.resumed = Resumed.read(checkpoint)
+        if self._host.args.should_save and not self._state.is_outside:  # the others may be writing just now
+            folder = Path(self._host.output_dir(trial))
             for replaced in (folder / UNFINISHED).glob(f"{_REPLACED}-*"):
                 place = folder / replaced.name.split("-", 2)[2]
                 if not place.exists():  # killed before what was to replace it had its name
                     replaced.rename(place)
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
-            folder, best = Path(self._get_output_dir(trial)), Path(self.state.best_model_checkpoint).resolve()
-            others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
-            _remove(folder, others if best.is_dir() else [])  # as the Trainer would, one file after the other
-        return super()._finalize_training(trial, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.process_index > 0:
-            os.makedirs(output_dir, exist_ok=True)
-            torch.save(self.optimizer.state_dict(), os.path.join(output_dir, _optimizer_name(self.args.process_index)))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with this worker's own optimizer state.
+    def load_optimizer(self, checkpoint: str | None, stock: Callable[[], None]) -> None:
+        """As the Trainer's `_load_optimizer_and_scheduler`, with this worker's own optimizer state.
 
         Raises:
             ValueError: A file cannot be read.
         """
         if checkpoint is None:
             return
-        file = self._resumed.optimizer_file(self.args.process_index) if self._resumed is not None else None
+        resumed = self._state.resumed
+        file = resumed.optimizer_file(self._host.rank) if resumed is not None else None
         with readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            stock()
             if file is not None:
-                self.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+                self._host.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's.
+    def load_model(self, checkpoint: str, stock: Callable[[], None]) -> None:
+        """As the Trainer's `_load_from_checkpoint`.
 
         Raises:
             ValueError: A file cannot be read.
         """
-        Resumed.read(resume_from_checkpoint)  # which says what is wrong, where the Trainer reads it later
-        with readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+        Resumed.read(checkpoint)  # which says what is wrong, where the Trainer reads it later
         with readable(checkpoint):
-            super()._load_rng_state(checkpoint)
+            stock()
 
-    def _say_what_is_resumed(self) -> None:
+    def say_what_is_resumed(self) -> None:
         """Tell what another number of workers than in the checkpoint means."""
-        resumed, workers = self._resumed, self.args.world_size
-        if resumed is None or resumed.workers == workers or not self.is_world_process_zero():
+        resumed, workers = self._state.resumed, self._host.world_size
+        if resumed is None or resumed.workers == workers or not self._host.is_first:
             return
         unused = ", ".join(map(str, range(workers, resumed.workers)))
         states = f"those of rank {unused} are not used" if unused else "new workers begin with those of the old in turn"
         logger.warning(
             f"{workers} worker(s) go on from step {resumed.global_step} (epoch {resumed.epoch:.4g}) of "
-            f"{resumed.workers}. Optimizer states: {states}. Training ends at step {self.state.max_steps}, and the "
-            "learning rate's schedule fits that; what of the epoch has been used is not used again."
+            f"{resumed.workers}. Optimizer states: {states}. Training ends at step {self._host.state.max_steps}, and "
+            "the learning rate's schedule fits that; what of the epoch has been used is not used again."
         )
-
-
-@contextlib.contextmanager
-def readable(folder: str | None) -> Iterator[None]:
-    """Say what is wrong where a file of the checkpoint cannot be read.
-
-    Raises:
-        ValueError: A file is incomplete or damaged.
-    """
-    try:
-        yield
-    except (OSError, EOFError, SafetensorError, JSONDecodeError, UnpicklingError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise  # something else: a model of another shape, say
-        raise ValueError(
-            f"The checkpoint {folder} cannot be read, as it is incomplete or damaged. Resume from another one. "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def _publish(folder: Path, name: str) -> None:
@@ -255,9 +219,3 @@ def _remove(folder: Path, checkpoints: Sequence[str]) -> None:
         with contextlib.suppress(OSError):
             Path(checkpoint).rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-
-
-def _optimizer_name(rank: int) -> str:
-    """As the Trainer names the random states."""
-    stem, suffix = os.path.splitext(OPTIMIZER_NAME)
-    return f"{stem}_{rank}{suffix}"

@@ -213,6 +213,19 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
+def check_search(args: TrainingArguments) -> None:
+    """Refuse a search for hyperparameters with several workers.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if args.world_size > 1:
+        raise ValueError(
+            "hyperparameter_search() and LayUp with several workers exclude each other: a trial that one worker "
+            "prunes would leave the others waiting. Search with one process, or start a run for each trial."
+        )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, args: TrainingArguments, scaler: Any) -> None:
     """Refuse an optimizer that cannot do what the options ask of it.
 

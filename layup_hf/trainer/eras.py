@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from transformers import ProgressCallback
-from transformers.utils import logging
 
 from ..fleet.group import is_of_group
-from ..fleet.launch import has_joined
 from ..fleet.membership import Era, Fenced
-from ..progress.clock import ProgressClock
-from .founding import Founding
+from .agreement import Agreement
+from .blockwise import BlockwiseModel
+from .exchange import Exchange
+from .host import Host
+from .members import Members
+from .state import RunState
+from .wishes import Wishes
+from .work import WorkSharing
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _SHARED_STATE = (
     *("log_history", "epoch", "global_step", "max_steps", "num_train_epochs", "total_flos"),
     *("best_metric", "best_global_step", "best_model_checkpoint", "num_input_tokens_seen"),
 )
-_SHARED_PLACES = (
-    *("_initial_global_step", "_initial_epoch", "_initial_num_input_tokens_seen"),
-    *("_updates_per_epoch", "_ends_with_data", "_data_has_ended", "_last_cut_epoch"),
-)
-"""What a worker that joins takes over from rank 0: of the Trainer's state, and of where the run is."""
+"""What a worker that joins takes over of the Trainer's state from rank 0."""
 
 T = TypeVar("T")
 
 
-class Eras(Founding):
-    """Lets training go on when workers die, freeze, return or join. To be mixed into a subclass of `Trainer`.
+class Eras:
+    """Lets training go on when workers die, freeze, return or join.
 
     Between two meetings a worker that is gone is only done without: nothing is offered to it, what it has not taken
     is taken back. At the next meeting those who are left form a new process group, with a consensus point over them,
@@ -40,71 +41,85 @@ class Eras(Founding):
     needs all workers (evaluating, saving) is done by those who are there, and rank 0 is the first of them.
     """
 
-    _clock: ProgressClock | None
+    def __init__(
+        self,
+        host: Host,
+        state: RunState,
+        members: Members,
+        work: WorkSharing,
+        model: BlockwiseModel,
+        exchange: Exchange,
+        agreement: Agreement,
+    ) -> None:
+        self._host, self._state, self._members, self._work = host, state, members, work
+        self._model, self._exchange, self._agreement = model, exchange, agreement
+        self._exchanging: tuple[str, ...] = ()  # the members that the ledger is of, in the order of their ranks in it
+        self._done_without: set[int] = set()
 
-    # ---- Joining ----
+    def start(self) -> None:
+        """The first era has begun, if there are eras."""
+        membership = self._members.membership
+        era = membership.era if membership is not None else None
+        self._begin_exchanging(era.roster if era is not None else ())
 
-    def _take_part(self, epoch: int) -> None:
-        """At the beginning of an epoch: a worker that joins does so now; the others say where they are."""
-        if self._is_outside:
-            self._enter()
-            self._is_outside = False
-            has_joined(self.args)
-            self._meet()  # the others are in a meeting, for this worker's sake
-        elif self._membership is not None and self._membership.leads:
-            self._store.set("epoch", str(epoch))
+    def _begin_exchanging(self, roster: tuple[str, ...]) -> None:
+        self._exchanging, self._done_without = roster, set()
 
     # ---- Between two meetings ----
 
-    def _mind_members(self) -> None:
+    def mind_members(self) -> None:
         """After an own step: do without who is gone, and see whether a new era is wanted.
 
         Raises:
             StoreLost: The store of the job does not answer any more.
         """
-        membership = self._membership
+        membership, clock = self._members.membership, self._state.clock
         if membership is None:
             return
         membership.check()
         if membership.is_fenced:
             self._come_back()
-            self._clock.called = True
+            clock.called = True
             return
         for rank in membership.gone - self._done_without:
             self._do_without(rank, f"has left: rank {rank} {membership.reason_of(rank)}")
-        if (membership.is_broken or (membership.applicants and membership.leads)) and not self._clock.called:
-            self._clock.call_meeting()
-            self._clock.called = True
+        if (membership.is_broken or (membership.applicants and membership.leads)) and not clock.called:
+            clock.call_meeting()
+            clock.called = True
 
     def _do_without(self, rank: int, why: str) -> None:
         self._done_without.add(rank)
-        self._exclude(rank)
+        self._exchange.exclude(rank)
         logger.warning(f"LayUp: a worker {why}. The others go on; what it was offered and has not taken is taken back.")
 
-    def _enduring(self, action: Callable[[], T]) -> T:
+    def enduring(self, action: Callable[[], T]) -> T:
         """Do what needs all workers; if some are gone meanwhile, do it again with those who are left."""
         while True:
             try:
                 return action()
             except RuntimeError as error:
-                if not self._recovers_from(error):
+                if not self.recover_from(error):
                     raise
 
-    def _recovers_from(self, error: RuntimeError) -> bool:
-        """Form a new era, if this error says that the collectives of the present one have failed. Collective."""
-        if self._membership is None or self._is_outside or not is_of_group(error):
+    def recover_from(self, error: RuntimeError) -> bool:
+        """Form a new era, if this error says that the collectives of the present one have failed. Collective.
+
+        Returns:
+            Whether it does.
+        """
+        if self._members.membership is None or self._state.is_outside or not is_of_group(error):
             return False
         logger.warning(f"LayUp: workers that were together have lost each other ({_first_line(error)}).")
-        self._regroup()
+        self.regroup()
         return True
 
     # ---- The next era ----
 
-    def _regroup(self) -> None:
+    def regroup(self) -> None:
         """Form a new era of all that are left, with who has asked to join. Collective."""
         while True:
             try:
-                era = self._membership.assemble(admits=self._clock is not None)
+                era = self._members.membership.assemble(admits=self._state.clock is not None)
             except Fenced:
                 return self._come_back()
             if self._begins(era):
@@ -116,19 +131,21 @@ class Eras(Founding):
             "LayUp: the others do without this worker, as it gave no sign of life. It comes back as a new one; what it "
             "learnt and the others had not taken is lost."
         )
-        self._close_exchange()
-        self._is_new = True
-        self._forget_wishes()
-        self._enter()
+        self._exchange.close()
+        self._state.is_new = True
+        # It wants nothing that others have done meanwhile; but a wish to end stays.
+        control = self._host.control
+        Wishes(stop_training=control.should_training_stop).put_into(control)
+        self.enter()
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
         """Become a member of the job's next era. The others are to call a meeting for that."""
-        if not self._begins(self._membership.apply()):
-            self._regroup()
+        if not self._begins(self._members.membership.apply()):
+            self.regroup()
 
     def _begins(self, era: Era) -> bool:
         try:
-            self._begin_era(era)
+            self.begin(era)
         except RuntimeError as error:
             if not is_of_group(error):
                 raise
@@ -136,80 +153,86 @@ class Eras(Founding):
             return False
         return True
 
-    def _begin_era(self, era: Era) -> None:
+    def begin(self, era: Era) -> None:
         """Form the group, agree on one model, and open new windows. Collective over the members of the era."""
-        for rank, member in enumerate(self._exchanging if self._engine is not None else ()):
+        exchange, host, state = self._exchange, self._host, self._state
+        for rank, member in enumerate(self._exchanging if exchange.engine is not None else ()):
             if member not in era.roster and rank not in self._done_without:
                 self._do_without(rank, f"has left: rank {rank} is not in the next era")
         tokens_lost = self._tokens_of_gone()
-        self._form_group(era)
+        self._members.form_group(era)
         self._take_roles()
-        if self._clock is None:
+        if state.clock is None:
             return  # training has ended: there is one model, and nothing to exchange
-        self._initial_num_input_tokens_seen += tokens_lost
-        if self._shared_loader is not None:
-            self._shared_loader.cursor.name = self._membership.member
+        host.initial_tokens += tokens_lost
+        self._work.name_member()
         if era.joined:
             self._share_run()
-        self._agree_on_model()
-        self._close_exchange()
-        self._open_exchange()
-        self._exchanging, self._done_without, self._begins_era = era.roster, set[int](), True
-        if self.is_world_process_zero():
+        self._agreement.agree()
+        exchange.close()
+        exchange.open()
+        self._begin_exchanging(era.roster)
+        state.begins_era = True
+        if host.is_first:
             logger.warning(
-                f"LayUp: {len(era.roster)} worker(s) go on from step {self.state.global_step}"
+                f"LayUp: {len(era.roster)} worker(s) go on from step {host.state.global_step}"
                 + (f", {len(era.joined)} of them new." if era.joined else ".")
             )
 
     def _tokens_of_gone(self) -> int:
         """What workers that are gone have counted, as far as this one knows."""
-        return sum(int(self._ledger.tokens[rank]) for rank in self._done_without) if self._engine is not None else 0
+        if self._exchange.engine is None:
+            return 0
+        return sum(int(self._exchange.ledger.tokens[rank]) for rank in self._done_without)
 
     def _take_roles(self) -> None:
         """What the Trainer has noted about its rank, or does on rank 0 alone."""
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        if hasattr(self, "_eval_dataloaders"):
-            self._eval_dataloaders = {}  # they yield the shard of another rank
-        for callback in self.callback_handler.callbacks:
-            lacks_bar = isinstance(callback, ProgressCallback) and callback.training_bar is None
-            if lacks_bar and self.is_world_process_zero():
-                callback.on_train_begin(self.args, self.state, self.control)
-                callback.on_step_end(self.args, self.state, self.control)
+        host, state = self._host, self._host.state
+        state.is_world_process_zero, state.is_local_process_zero = host.is_first, host.is_first_here
+        host.forget_evaluation_loaders()
+        for callback in host.callbacks.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is None and host.is_first:
+                callback.on_train_begin(host.args, state, host.control)
+                callback.on_step_end(host.args, state, host.control)
+
+    # ---- What a worker that joins is given ----
 
     def _share_run(self) -> None:
         """Give those who join what they cannot know. Collective."""
-        run = [
+        host, state = self._host, self._state
+        run: list[dict[str, Any]] = [
             {
-                "state": {name: getattr(self.state, name) for name in _SHARED_STATE},
-                "places": {name: getattr(self, name) for name in _SHARED_PLACES},
-                "scheduler": self.lr_scheduler.state_dict(),
+                "state": {name: getattr(host.state, name) for name in _SHARED_STATE},
+                "began_at": (host.initial_global_step, host.initial_tokens),
+                "course": state.share(),
+                "scheduler": host.lr_scheduler.state_dict(),
             }
         ]
         broadcast_object_list(run, from_process=0)
-        if self._is_new:
+        if state.is_new:
             for name, value in run[0]["state"].items():
-                setattr(self.state, name, value)
-            vars(self).update(run[0]["places"])
-            self.lr_scheduler.load_state_dict(run[0]["scheduler"])
-        exchanged = {id(tensor) for block in self._blocks for tensor in block.tensors}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+                setattr(host.state, name, value)
+            host.initial_global_step, host.initial_tokens = run[0]["began_at"]
+            state.take_over(run[0]["course"])
+            host.lr_scheduler.load_state_dict(run[0]["scheduler"])
+        exchanged = {id(tensor) for block in self._model.blocks for tensor in block.tensors}
+        for tensor in (*host.model.parameters(), *host.model.buffers()):
             if id(tensor) not in exchanged:
                 broadcast(tensor.data)
-        newcomers = [rank for rank, wants in enumerate(gather_object([self._is_outside])) if wants]
+        newcomers = [rank for rank, wants in enumerate(gather_object([state.is_outside])) if wants]
         for newcomer in newcomers:
             self._hand_over_optimizer(newcomer)
 
     def _hand_over_optimizer(self, newcomer: int) -> None:
         """Rank 0 sends its optimizer's state, block by block: moments that begin at zero make too long steps."""
-        rank, optimizer = self.args.process_index, self._block_optimizer
-        for block in self._blocks:
+        rank, device, optimizer = self._host.rank, self._host.args.device, self._model.optimizer
+        for block in self._model.blocks:
             if rank == 0:
                 states = [optimizer.state_of(parameter) for parameter in block.parameters]
-                torch.distributed.send_object_list([states], dst=newcomer, device=self.args.device)
+                torch.distributed.send_object_list([states], dst=newcomer, device=device)
             elif rank == newcomer:
                 received: list[Any] = [None]
-                torch.distributed.recv_object_list(received, src=0, device=self.args.device)
+                torch.distributed.recv_object_list(received, src=0, device=device)
                 for parameter, state in zip(block.parameters, received[0], strict=True):
                     optimizer.set_state_of(parameter, state)
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers.utils import logging
 
-from ..blocks import Block
 from ..gossip.arrival import ArrivalEngine
 from ..gossip.engine import GossipEngine
 from ..gossip.moments import MeanMoments
 from ..gossip.topology import PeerSampler
 from ..ledger import Ledger
 from ..windows import PeerWindows, open_windows
-from .report import RunFacts
+from .blockwise import BlockwiseModel
+from .host import Host
+from .members import Members
+from .state import RunState
 from .straggler import StragglerCallback
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _gather(item: Any) -> list[Any]:
@@ -27,98 +29,111 @@ def _gather(item: Any) -> list[Any]:
 
 
 class Exchange:
-    """Windows to the peers, the engine that offers and merges over them, and a view of the peers' moments. To be mixed
-    into a subclass of `Trainer`.
+    """Windows to the peers, the engine that offers and merges over them, and a view of the peers' moments.
+
+    Attributes:
+        engine: Offers and merges; None while nothing is exchanged, as with one worker.
+        moments: A view of the peers' first moments; None where each optimizer steps by its own gradients.
+        masses: Of each worker at the latest consensus point, in units of an equal share.
     """
 
-    _blocks: list[Block]
-    _windows: PeerWindows | None = None
-    _engine: GossipEngine | None = None  # with one worker there is none
-    _moments: MeanMoments | None = None
-    _ledger: Ledger | None = None
-    _facts: RunFacts | None = None
+    def __init__(self, host: Host, state: RunState, members: Members, model: BlockwiseModel) -> None:
+        self._host, self._state, self._members, self._model = host, state, members, model
+        self._windows: PeerWindows | None = None
+        self._ledger: Ledger | None = None
+        self.engine: GossipEngine | None = None
+        self.moments: MeanMoments | None = None
+        self.masses: tuple[float, ...] = ()
 
-    def _open_exchange(self) -> None:
+    @property
+    def ledger(self) -> Ledger:
+        """Of the present era, or of the latest one: offers, masses and step counts of all workers.
+
+        Raises:
+            RuntimeError: Nothing has been exchanged yet.
+        """
+        if self._ledger is None:
+            raise RuntimeError("Nothing is exchanged before training begins, nor by one worker.")
+        return self._ledger
+
+    def open(self) -> None:
         """Open windows to the present workers, and begin to count anew. Collective."""
-        rank, world_size = self.args.process_index, self.args.world_size
-        kind = getattr(self.args, "windows", "auto")
-        era = self._membership.era.number if self._membership is not None else 0
-        self._windows = open_windows(
-            kind,
-            self._blocks,
-            rank,
+        host, options, blocks = self._host, self._host.options, self._model.blocks
+        windows = open_windows(
+            options.windows,
+            blocks,
+            host.rank,
             _gather,
-            token=self._token,
-            job=self._job_name[:8] + era.to_bytes(8, "big"),
-            wire_dtype=getattr(self.args, "wire_dtype", "fp32"),
+            token=self._members.token,
+            job=self._members.job_name[:8] + self._members.era.to_bytes(8, "big"),
+            wire_dtype=options.wire_dtype,
         )
-        for callback in self.callback_handler.callbacks:
+        for callback in host.callbacks.callbacks:
             if isinstance(callback, StragglerCallback):
-                self._windows = callback.late_windows(self._windows, rank)
-        self._ledger = self._windows.ledger
-        peers_per_step = getattr(self.args, "peers_per_step", None)
-        sampler = PeerSampler(rank, world_size, peers_per_step, self.args.seed, self._ledger.remote)
-        self._share_moments()
-        self._engine = self._make_engine(sampler)  # last: whoever has to begin again, as a worker is gone, has none
-        by_mean = self._moments is not None and self._moments.has_peers
-        self._masses = (1.0,) * world_size
-        self._facts = replace(
-            self._facts, peers_per_step=sampler.count, windows=self._windows.kind, steps_by_mean=by_mean
+                windows = callback.late_windows(windows, host.rank)
+        self._windows, self._ledger = windows, windows.ledger
+        sampler = PeerSampler(host.rank, host.world_size, options.peers_per_step, host.args.seed, windows.ledger.remote)
+        self._share_moments(windows.ledger)
+        # Last: whoever has to begin again, as a worker is gone, has none.
+        self.engine = self.make_engine(windows, sampler)
+        by_mean = self.moments is not None and self.moments.has_peers
+        self.masses = (1.0,) * host.world_size
+        self._state.facts = replace(
+            self._state.facts, peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean
         )
         logger.info(
-            f"Gossip between {world_size} workers over {len(self._blocks)} blocks, {sampler.count} offers a step; the "
+            f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {sampler.count} offers a step; the "
             f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
         )
 
-    def _share_moments(self) -> None:
+    def _share_moments(self, ledger: Ledger) -> None:
         """Let peers on this host see the optimizer's first moments, if it is to step as of their mean. Collective.
 
         Raises:
             ValueError: It is to and cannot, as another worker's optimizer is of another kind.
         """
-        wanted = getattr(self.args, "second_moment", "auto")
+        host, wanted = self._host, self._host.options.second_moment
         if wanted == "own":
             return
-        rank, optimizer = self.args.process_index, self._block_optimizer.inner
-        near = [peer for peer in range(self.args.world_size) if peer not in (rank, *self._ledger.remote)]
-        self._moments = MeanMoments.open(self._blocks, optimizer, rank, near, _gather, seed=self.args.seed)
-        if self._moments is None and wanted == "mean":
+        near = [peer for peer in range(host.world_size) if peer not in (host.rank, *ledger.remote)]
+        optimizer, seed = self._model.optimizer.inner, host.args.seed
+        self.moments = MeanMoments.open(self._model.blocks, optimizer, host.rank, near, _gather, seed=seed)
+        if self.moments is None and wanted == "mean":
             raise ValueError(
                 "`second_moment='mean'` and the optimizer of another worker exclude each other: give all workers the "
                 "same, or leave `second_moment` at 'auto'."
             )
 
-    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
+    def make_engine(self, windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""
-        parts, offer_every = (self._blocks, self._windows, sampler), getattr(self.args, "offer_every", 1)
-        if getattr(self.args, "merge_at", "boundary") == "arrival":
-            return ArrivalEngine(*parts, offer_every=offer_every, may_exchange=self._may_exchange)
-        return GossipEngine(
-            *parts,
-            offer_every=offer_every,
-            is_free=lambda index: self._hooks is not None and self._hooks.is_free(index),
-        )
+        blocks, options = self._model.blocks, self._host.options
+        if options.merge_at == "arrival":
+            may_exchange = self._members.may_exchange
+            return ArrivalEngine(blocks, windows, sampler, offer_every=options.offer_every, may_exchange=may_exchange)
+        is_free = self._model.is_free
+        return GossipEngine(blocks, windows, sampler, offer_every=options.offer_every, is_free=is_free)
 
-    def _close_exchange(self) -> None:
-        for part in (self._engine, self._windows, self._moments):
+    def close(self) -> None:
+        """Exchange nothing more. Idempotent."""
+        for part in (self.engine, self._windows, self.moments):
             if part is not None:
                 part.close()
-        self._windows = self._moments = self._engine = None
+        self._windows = self.moments = self.engine = None
 
-    def _exclude(self, rank: int) -> None:
+    def exclude(self, rank: int) -> None:
         """Exchange nothing more with a worker. Idempotent."""
-        for part in (self._engine, self._moments):
+        for part in (self.engine, self.moments):
             if part is not None:
                 part.exclude(rank)
 
-    def _pause_exchange(self) -> None:
+    def pause(self) -> None:
         """Keep blocks as they are while the workers agree on a model.
 
         Raises:
             RuntimeError: What peers see is not what this worker trains any more.
         """
-        if self._engine is not None:
-            self._engine.pause()
-            self._engine.require_same_memory()
-        if self._moments is not None:
-            self._moments.require_same_memory(self._block_optimizer.inner)
+        if self.engine is not None:
+            self.engine.pause()
+            self.engine.require_same_memory()
+        if self.moments is not None:
+            self.moments.require_same_memory(self._model.optimizer.inner)

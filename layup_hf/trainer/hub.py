@@ -20,7 +20,9 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from .report import RunFacts, add_to_card
+from .host import Host
+from .report import add_to_card
+from .state import RunState
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +32,7 @@ _LARGE = (".safetensors", ".pt")
 
 
 @dataclass(frozen=True)
-class _Upload:
+class Upload:
     """A folder that is to be on the Hub.
 
     Attributes:
@@ -44,7 +46,7 @@ class _Upload:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, call: dict[str, Any], checkpoint: Path | None = None) -> _Upload:
+    def of(cls, call: dict[str, Any], checkpoint: Path | None = None) -> Upload:
         """What the Trainer wants to upload by this call of `upload_folder`."""
         options = {name: value for name, value in call.items() if name not in _OWN}
         return cls(Path(call["folder_path"]), checkpoint, options)
@@ -75,7 +77,7 @@ class _Upload:
 
 
 class HubPushes:
-    """How a `Trainer` pushes to the Hub without letting the Hub disturb training. To be mixed in before it.
+    """Pushes to the Hub without letting the Hub disturb training.
 
     What is pushed when, under which name and with which message is the Trainer's. What differs:
 
@@ -84,30 +86,32 @@ class HubPushes:
       disk; after the last step of training once without being asked. No failure ends training.
     - A repository that cannot be created when the trainer is made is created by the next push.
     - The model card has a section about the workers.
+
+    Attributes:
+        missed: By place in the repository: what did not arrive, and is not on its way again.
     """
 
-    hub_model_id: str | None
-    push_in_progress: PushInProgress | None = None
-    _ends_early = False  # the machine is about to be taken away
-    _facts: RunFacts | None = None
+    def __init__(self, host: Host, state: RunState) -> None:
+        self._host, self._state = host, state
+        self._repo_options: dict[str, Any] = {}
+        self.missed: dict[str, Upload] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._missed: dict[str, _Upload] = {}  # by place: what did not arrive, and is not on its way again
-        super().__init__(*args, **kwargs)
+    # ---- The repository ----
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def find_repo(self, token: str | None, private: bool | None) -> None:
         """Create the repository, or say that it could not be created: every push tries again.
 
         Raises:
             HFValidationError: No repository can have this name.
         """
-        if not self.is_world_process_zero():
+        args = self._host.args
+        if not self._host.is_first:
             return
-        for left in Path(self.args.output_dir).glob(f"{_SNAPSHOT}*"):  # by a run that was killed
+        for left in Path(args.output_dir).glob(f"{_SNAPSHOT}*"):  # by a run that was killed
             hf_api().run_as_future(shutil.rmtree, left, ignore_errors=True)  # after what this process still uploads
         self._repo_options = {
-            "token": self.args.hub_token if token is None else token,
-            "private": self.args.hub_private_repo if private is None else private,
+            "token": args.hub_token if token is None else token,
+            "private": args.hub_private_repo if private is None else private,
         }
         try:
             self._create_repo()
@@ -121,38 +125,45 @@ class HubPushes:
 
     @property
     def _repo_name(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        args = self._host.args
+        return self._host.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
 
     def _create_repo(self) -> None:
-        self.hub_model_id = hf_api().create_repo(self._repo_name, exist_ok=True, **self._repo_options).repo_id
+        repo = hf_api().create_repo(self._repo_name, exist_ok=True, **self._repo_options)
+        self._host.hub_model_id = repo.repo_id
 
     # ---- When to push ----
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a complete checkpoint from rank 0 in the background, as `hub_strategy` has it."""
+    def push_checkpoint(self, checkpoint_folder: str, stock: Callable[[str], None]) -> None:
+        """Push a complete checkpoint from rank 0 in the background, as `hub_strategy` has it.
+
+        Args:
+            checkpoint_folder: The checkpoint.
+            stock: The Trainer's own way to push it.
+        """
         started: dict[str, Future] = {}
 
         def start(**call: Any) -> Future:
-            upload = _Upload.of(call, Path(checkpoint_folder))
-            started[upload.place] = self._start(upload)
+            upload = Upload.of(call, Path(checkpoint_folder))
+            started[upload.place] = self.start(upload)
             return started[upload.place]
 
         with _uploading_by(start):
-            super()._push_from_checkpoint(checkpoint_folder)
+            stock(checkpoint_folder)
         if started:
-            self.push_in_progress.jobs.extend(self._start_missed(superseded=started))
+            self._host.push_in_progress.jobs.extend(self.start_missed(superseded=started))
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> CommitInfo | Future | None:
-        """As the Trainer's, and with what earlier pushes did not bring.
+    def push_model(self, stock: Callable[[], CommitInfo | Future | None]) -> CommitInfo | Future | None:
+        """As the Trainer's `push_to_hub`, and with what earlier pushes did not bring.
 
         Raises:
             Exception: Whatever kept the model from the Hub, with `blocking=True`. It is saved in `output_dir` then.
         """
 
         def send(**call: Any) -> CommitInfo | Future:
-            upload = _Upload.of(call)
+            upload = Upload.of(call)
             if call["run_as_future"]:
-                return self._start(upload)
+                return self.start(upload)
             try:
                 return self._send(upload, upload.folder)
             except Exception as error:
@@ -160,55 +171,56 @@ class HubPushes:
                 raise
 
         with _uploading_by(send):
-            pushed = super().push_to_hub(*args, **kwargs)
-        if self.is_world_process_zero():
+            pushed = stock()
+        if self._host.is_first:
             jobs = [pushed] if isinstance(pushed, Future) else []
-            self.push_in_progress = PushInProgress([*jobs, *self._start_missed(superseded={""})])
+            self._host.push_in_progress = PushInProgress([*jobs, *self.start_missed(superseded={""})])
             if not jobs:
-                self._finish_current_push()
+                self._host.wait_for_pushes()
         return pushed
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._finalize_training(*args, **kwargs)  # waits for the push in progress
-        if self._missed and not self._ends_early:
-            self.push_in_progress = PushInProgress(self._start_missed())
-            self._finish_current_push()
-        return output
+    def bring_missing(self) -> None:
+        """After training: push once more what has not arrived, unless the machine is about to be taken away."""
+        if self.missed and not self._state.ends_early:
+            self._host.push_in_progress = PushInProgress(self.start_missed())
+            self._host.wait_for_pushes()
 
     # ---- How to push ----
 
-    def _start(self, upload: _Upload) -> Future:
+    def start(self, upload: Upload) -> Future:
         """Upload a snapshot in the background, after all others that were started before."""
-        self._missed.pop(upload.place, None)
+        self.missed.pop(upload.place, None)
         try:
-            snapshot = upload.snapshot(self.args.output_dir)
+            snapshot = upload.snapshot(self._host.args.output_dir)
         except OSError as error:
             self._remember(upload, error)
-            job = Future()
+            job: Future = Future()
             job.set_exception(error)
             return job
-        return hf_api().run_as_future(self._send_snapshot, upload, snapshot)
+        return hf_api().run_as_future(self._send_snapshot, upload, snapshot, self._host.keepalive())
 
-    def _start_missed(self, superseded: Collection[str] = ()) -> list[Future]:
+    def start_missed(self, superseded: Collection[str] = ()) -> list[Future]:
         """Upload what earlier pushes did not bring, but for the places that are being pushed anyway."""
         jobs = []
-        for place, upload in sorted(self._missed.items()):  # the model first
+        for place, upload in sorted(self.missed.items()):  # the model first
             if place in superseded:
                 continue
             if upload.folder.is_dir():
-                jobs.append(self._start(upload))
+                jobs.append(self.start(upload))
             else:
-                self._missed.pop(place)
+                self.missed.pop(place)
                 logger.warning(
                     f"{upload.folder} has been deleted before it could be pushed to {self._repo_name}. Raise "
                     "`save_total_limit` if every checkpoint is to be on the Hub."
                 )
         return jobs
 
-    def _send_snapshot(self, upload: _Upload, snapshot: tempfile.TemporaryDirectory) -> CommitInfo | None:
-        with snapshot:
-            if upload.place and "" in self._missed:  # the model has just failed, and been reported
-                self._missed[upload.place] = upload
+    def _send_snapshot(
+        self, upload: Upload, snapshot: tempfile.TemporaryDirectory, trainer: object
+    ) -> CommitInfo | None:
+        with snapshot:  # `trainer` is to live until this has ended
+            if upload.place and "" in self.missed:  # the model has just failed, and been reported
+                self.missed[upload.place] = upload
                 return None
             try:
                 return self._send(upload, snapshot.name)
@@ -216,15 +228,15 @@ class HubPushes:
                 self._remember(upload, error)
                 raise
 
-    def _send(self, upload: _Upload, folder: str | Path) -> CommitInfo:
-        if self.hub_model_id is None:
+    def _send(self, upload: Upload, folder: str | Path) -> CommitInfo:
+        if self._host.hub_model_id is None:
             self._create_repo()
-        info = hf_api().upload_folder(repo_id=self.hub_model_id, folder_path=folder, **upload.options)
-        self._missed.pop(upload.place, None)
+        info = hf_api().upload_folder(repo_id=self._host.hub_model_id, folder_path=folder, **upload.options)
+        self.missed.pop(upload.place, None)
         return info
 
-    def _remember(self, upload: _Upload, error: Exception) -> None:
-        self._missed[upload.place] = upload
+    def _remember(self, upload: Upload, error: Exception) -> None:
+        self.missed[upload.place] = upload
         kept = [folder for folder in (upload.checkpoint, upload.folder) if folder is not None and folder.is_dir()]
         safe = f"It is safe on disk, in {kept[0]}. " if kept else ""
         logger.warning(
@@ -235,12 +247,11 @@ class HubPushes:
 
     # ---- The model card ----
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with a section about the workers if there has been training."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self._facts is not None:
-            card = Path(self.args.output_dir, "README.md")
-            card.write_text(add_to_card(card.read_text(encoding="utf-8"), self._facts), encoding="utf-8")
+    def add_to_card(self) -> None:
+        """Put a section about the workers into the model card, if there has been training."""
+        if self._host.is_first and self._state.facts is not None:
+            card = Path(self._host.args.output_dir, "README.md")
+            card.write_text(add_to_card(card.read_text(encoding="utf-8"), self._state.facts), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,65 +10,88 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from ..blocks.bias import GradientBias
-from ..progress.clock import ProgressClock
+from .blockwise import BlockwiseModel
+from .collectives import Collectives
+from .exchange import Exchange
+from .host import Host
+from .state import RunState
+from .steps import BlockSteps
 
 
 class Logs:
-    """Counts and logs for all by what each worker publishes in the ledger. To be mixed into a subclass of `Trainer`."""
+    """Counts and logs for all by what each worker publishes in the ledger."""
 
-    _clock: ProgressClock | None
-    _bias: GradientBias | None
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self._clock is None:
-            return super()._track_num_input_tokens(inputs)
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)  # of this worker alone
-        self._ledger.tokens[self._ledger.rank] += np.uint64(self.state.num_input_tokens_seen - before)
-        self._sum_tokens()
-        return None
-
-    def _sum_tokens(self) -> None:
-        """Over what all workers have published until now; while they meet, exact."""
-        self.state.num_input_tokens_seen = self._initial_num_input_tokens_seen + int(self._ledger.tokens.sum())
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._clock is not None:
-            if self.control.should_log and self._steps_done > self._steps_logged:
-                start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
-                self._log_without_waiting(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
-            self._globalstep_last_logged = self.state.global_step  # so that the Trainer does not log, by a collective
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _log_without_waiting(
-        self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None
+    def __init__(
+        self,
+        host: Host,
+        state: RunState,
+        collectives: Collectives,
+        model: BlockwiseModel,
+        exchange: Exchange,
+        steps: BlockSteps,
     ) -> None:
+        self._host, self._state, self._collectives = host, state, collectives
+        self._model, self._exchange, self._steps = model, exchange, steps
+
+    def count_tokens(self, stock: Callable[[], None]) -> None:
+        """As the Trainer's `_track_num_input_tokens`, over what all workers have published.
+
+        Args:
+            stock: The Trainer's own, which adds those of this worker.
+        """
+        if self._state.clock is None:
+            return stock()
+        before, ledger = self._host.state.num_input_tokens_seen, self._exchange.ledger
+        stock()
+        ledger.tokens[ledger.rank] += np.uint64(self._host.state.num_input_tokens_seen - before)
+        return self.sum_tokens()
+
+    def sum_tokens(self) -> None:
+        """Over what all workers have published until now; while they meet, exact."""
+        seen = int(self._exchange.ledger.tokens.sum())
+        self._host.state.num_input_tokens_seen = self._host.initial_tokens + seen
+
+    def log_if_due(
+        self, total_loss: Tensor, grad_norm: Any, start_time: float | None, learning_rate: float | None
+    ) -> None:
+        """Before the Trainer logs, evaluates and saves: log in its place, as it would by a collective.
+
+        Args:
+            total_loss: Sum of the losses since the latest log; is set to zero.
+            grad_norm: For the logs.
+            start_time: When training began.
+            learning_rate: For the logs; None for the present one.
+        """
+        state, host = self._state, self._host
+        if state.clock is None:
+            return
+        if host.control.should_log and state.steps_done > state.steps_logged:
+            self._log(total_loss, grad_norm, start_time, learning_rate)
+        host.last_logged_step = host.state.global_step  # so that the Trainer does not log
+
+    def _log(self, total_loss: Tensor, grad_norm: Any, start_time: float | None, learning_rate: float | None) -> None:
         """What the Trainer logs, without its gather: the loss is the mean of what each worker has published last."""
-        self._require_same_parameters()
-        total = tr_loss.item()
-        tr_loss -= tr_loss
-        self._ledger.report_loss(total / (self._steps_done - self._steps_logged))
-        self._steps_logged = self._steps_done
-        self._total_loss_scalar += total
+        state, host, ledger, engine = self._state, self._host, self._exchange.ledger, self._exchange.engine
+        self._model.require_same_parameters()
+        total = total_loss.item()
+        total_loss -= total_loss
+        ledger.report_loss(total / (state.steps_done - state.steps_logged))
+        state.steps_logged = state.steps_done
+        host.loss_logged += total
         logs = {
-            "loss": self._ledger.mean_loss(),
+            "loss": ledger.mean_loss(),
             "grad_norm": grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm,
-            "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
-            **self._engine.figures(),
-            **(self._bias.figures() if self._bias is not None else {}),
+            "learning_rate": host.learning_rate if learning_rate is None else learning_rate,
+            **(engine.figures() if engine is not None else {}),
+            **(self._steps.bias.figures() if self._steps.bias is not None else {}),
         }
-        with self._alone():
-            self.log(logs, start_time)
+        with self._collectives.alone():
+            host.log(logs, start_time)
 
-    def store_flos(self) -> None:
-        """As the Trainer's, also for a worker that has made no step since the last call."""
-        self.current_flos = float(self.current_flos)  # the Trainer's 0 is an int: another size in its collective
-        super().store_flos()
-
-    def _average_loss(self) -> None:
+    def average_loss(self) -> None:
         """Make the Trainer's mean over its own `global_step`s the mean over the steps of all workers. Collective."""
-        mine = torch.tensor(self._total_loss_scalar, device=self.args.device) + self._tr_loss
-        steps = self.state.global_step - self._initial_global_step
-        self._total_loss_scalar = reduce(mine, "sum").item() * steps / max(1, self._steps_of_all)
-        self._tr_loss = torch.zeros_like(self._tr_loss)
+        host = self._host
+        mine = torch.tensor(host.loss_logged, device=host.args.device) + host.total_loss
+        steps = host.state.global_step - host.initial_global_step
+        host.loss_logged = reduce(mine, "sum").item() * steps / max(1, self._state.steps_of_all)
+        host.total_loss = torch.zeros_like(host.total_loss)

@@ -1,47 +1,34 @@
-"""The Trainer: builds everything, starts it and stops it."""
+"""The Trainer: its methods, handed on to the run."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-from collections import Counter
+import logging
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
-from torch.distributed import DistError
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from ..fleet.group import end_group_at_exit
-from ..fleet.membership import STORE_LOST, StoreLost
-from ..gossip.consensus import reach_consensus
-from ..progress.clock import ProgressClock, WorkerFailure
-from . import report
-from .checkpoint import Checkpoints
-from .checks import check_data, check_model, check_options, check_runtime
-from .eras import Eras
-from .exchange import Exchange
-from .hub import HubPushes
-from .logs import Logs
-from .loop import ClockedLoop
-from .meetings import BatchTooLarge
-from .preemption import PreemptionCallback
-from .steps import BlockSteps
+from .adapter import TrainerHost
+from .checks import check_data, check_model, check_options, check_runtime, check_search
+from .resumed import readable
+from .run import LayupRun
 from .straggler import StragglerCallback
-from .work import WorkSharing
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+P, R = ParamSpec("P"), TypeVar("R")
+
+if TYPE_CHECKING:
+    _Base = Trainer  # what `super()` is in every class that this is mixed into
+else:
+    _Base = object
 
 
-class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing, ClockedLoop, Eras):
+class LayupMixin(_Base):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -51,7 +38,7 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
     - The model is not wrapped in DDP. In backward, as soon as a block's gradients are complete, the block is merged
       with what peers offered, stepped, offered to peers, and its gradients are freed.
     - A slow worker slows nobody down. `global_step` counts the steps of all workers, divided by their number, and the
-      learning rate, logging, evaluation, saving and the end of training follow it (see `ClockedLoop`). Workers draw
+      learning rate, logging, evaluation, saving and the end of training follow it (see `TrainingLoop`). Workers draw
       their batches from one order of each epoch, so a slow one makes fewer steps (see `WorkSharing`).
     - Saving, evaluation during training and the end of training are consensus points: all workers adopt the
       mass-weighted mean. Callbacks of any worker may ask for them through `control`.
@@ -67,212 +54,178 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
 
     With one process it is plain training, and the optimizer still steps in backward.
 
+    Every method here overrides one of `Trainer` and hands it on to `LayupRun`, with the Trainer's own where that is
+    still needed.
+
     Raises:
         ValueError: An option cannot work together with LayUp; at construction, naming both and the remedy.
     """
+
+    run_class: type[LayupRun] = LayupRun
+    """Owns what is added to the Trainer. Another one trains by another method, see `LayupRun`."""
+
+    push_in_progress: PushInProgress | None = None  # the Trainer sets it with the first repository
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The place of the arguments among others differs between the Trainers.
         arguments = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_options(arguments)
-        self._blocks = []
-        self._agreed_at: tuple[int, int] | None = None  # era and steps of all workers at the latest consensus point
-        self._preemption = PreemptionCallback(ends_process=not getattr(arguments, "enable_jit_checkpoint", False))
-        with self._preemption.instead_of_transformers(arguments):
+        self._layup = self.run_class(TrainerHost(self), arguments)
+        with self._layup.preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
         end_group_at_exit()
         check_runtime(self)
         check_model(self.model, self.args)
         check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
-        if self._minds_preemption:
-            self.add_callback(self._preemption)
-        if getattr(self.args, "straggler", None):
-            self.add_callback(StragglerCallback(self.args.straggler))
+        if self._layup.minds_preemption:
+            self.add_callback(self._layup.preemption)
+        if straggler := self._layup.host.options.straggler:
+            self.add_callback(StragglerCallback(straggler))
         logger.info(f"LayUp sees {self.args.world_size} worker(s); this is rank {self.args.process_index}.")
 
     @property
-    def _minds_preemption(self) -> bool:
-        """With one worker, as in the Trainer, only if asked to."""
-        return self.args.world_size > 1 or self.args.enable_jit_checkpoint
+    def layup(self) -> LayupRun:
+        """The run, for who wants to see or measure what it does."""
+        return self._layup
 
-    # ---- Building ----
+    # ---- Beginning and ending ----
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self._stop_gossip()
-        self._require_same_parameters()
-        self._check_block_steps()
-        self._facts = report.RunFacts(self._workers, len(self._blocks))
-        if self._goes_by_clock:
-            self._start_gossip()
-        self._start_block_steps()
-        self._say_what_is_resumed()
+        self._layup.prepare()
         return prepared
 
-    def _start_gossip(self) -> None:
-        """Begin to exchange, or get ready to when this worker joins. Collective, but for who joins later."""
-        connect = self._start_fleet()
-        store = connect()
-        sets_clock = self.args.process_index == 0 and not self._is_outside
-        clock = ProgressClock(store, start=self.state.global_step * self._workers if sets_clock else None)
-        if not self._is_outside:
-            self._open_exchange()
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
-        PartialState().wait_for_everyone()  # nobody draws before the clock has been set
-        self._share_work(store)
-        self._draw_ahead(clock, connect)
-        self._start_loop(clock)
-
-    def _stop_gossip(self) -> None:
-        self._stop_loop()
-        self._stop_block_steps()
-        self._close_exchange()
-
-    # ---- Training ----
-
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self._plan_workers() is not None:
-            kwargs["resume_from_checkpoint"] = None  # it takes over where the others are
-        self._resume(kwargs.get("resume_from_checkpoint"), kwargs.get("trial"))
-        if self._minds_preemption:
-            self._preemption.install()
-        try:
-            output = super()._inner_training_loop(batch_size, *args, **kwargs)
-        except BatchTooLarge:
-            raise
-        except BaseException as error:
-            reason = self._reason_of(error)
-            self._tell_others(reason)
-            if reason is not error:
-                raise reason from error
-            raise
-        finally:
-            self._stop_gossip()
-            self._preemption.remove()
-        if self._ends_early and self._preemption.ends_process:
-            raise SystemExit(128 + signal.SIGTERM)
-        return output
+        with self._layup.training(kwargs.get("resume_from_checkpoint"), kwargs.get("trial")) as checkpoint:
+            if "resume_from_checkpoint" in kwargs:
+                kwargs["resume_from_checkpoint"] = checkpoint
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
 
-    def _reason_of(self, error: BaseException) -> BaseException:
-        """What to end with: another worker's failure, where this error comes from that, or what says what to do."""
-        if self._clock is None or not isinstance(error, RuntimeError) or isinstance(error, WorkerFailure):
-            return error
-        if self._membership is not None:
-            return StoreLost(STORE_LOST) if isinstance(error, DistError) else error
-        with contextlib.suppress(RuntimeError):  # the store may be gone, too
-            if (failure := self._clock.failure()) is not None:
-                return WorkerFailure(failure)
-        if self.args.world_size > 1 and self.args.auto_find_batch_size and should_reduce_batch_size(error):
-            return RuntimeError(
-                f"Rank {self.args.process_index} ran out of memory outside of a training step. Lower "
-                "`per_device_eval_batch_size`: `auto_find_batch_size` lowers that of training alone."
-            )
-        return error
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._layup.finalize(trial, functools.partial(super()._finalize_training, trial, *args, **kwargs))
 
-    def _tell_others(self, error: BaseException) -> None:
-        """Leave the reason of this worker's failure with the clock, where the others find it at their next step."""
-        message = f"{type(error).__name__}: {error}"
-        if self._membership is not None:
-            self._membership.leave(f"failed: {message}")
-        elif self._clock is not None and not isinstance(error, WorkerFailure):
-            with contextlib.suppress(RuntimeError):
-                self._clock.report_failure(f"Training ends, as rank {self.args.process_index} failed: {message}")
+    # ---- Steps ----
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._enduring(self._conclude)
-        self._stop_gossip()
-        return super()._finalize_training(*args, **kwargs)
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        wrap = super()._wrap_model
+        return self._layup.model.wrap(lambda inner: wrap(inner, training, dataloader), model, training)
 
-    def _conclude(self) -> None:
-        """All that needs the other workers at the end of training. Collective."""
-        self._reach_consensus("the end of training")
-        self._ends_early = self._preemption.has_stopped
-        if self._engine is None:
-            return
-        self._ends_early = any(gather_object([self._ends_early]))  # the signal may have come to one worker
-        staleness = sum(gather_object([self._engine.staleness]), Counter())
-        if self.is_world_process_zero():
-            tqdm.write(report.summary(self._ledger.done, staleness, self._masses))
-        self._average_loss()
-        self.store_flos()
+    def _run_epoch(self, **call: Any) -> None:
+        return super()._run_epoch(**call) if self._layup.state.clock is None else self._layup.loop.run_epoch(call)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; now and then with a measurement of the gradient's bias."""
+        stock = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._layup.steps.clip_grad_norm(model, functools.partial(super()._clip_grad_norm, model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._layup.steps.grad_norm(grad_norm, functools.partial(super()._get_grad_norm, model))
+
+    # ---- Data ----
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        stock = functools.partial(super()._get_dataloader, dataset, *args, is_training=is_training, **kwargs)
+        return (self._layup.work.training_loader if is_training else self._layup.work.evaluation_loader)(stock)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """As the Trainer's, with epochs and steps of all workers together."""
+        stock = functools.partial(super().set_initial_training_values, args, dataloader)
+        return self._layup.work.plan(args, dataloader, stock)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: float, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        values = (max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        stock = functools.partial(super()._init_training_state, *values)
+        return self._layup.work.place_to_begin(max_steps, num_train_epochs, stock)
+
+    # ---- Logs ----
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        self._layup.logs.count_tokens(functools.partial(super()._track_num_input_tokens, inputs))
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
+        self._layup.logs.log_if_due(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def store_flos(self) -> None:
+        """As the Trainer's, also for a worker that has made no step since the last call."""
+        self.current_flos = float(self.current_flos)  # the Trainer's 0 is an int: another size in its collective
+        super().store_flos()
 
     # ---- Consensus points ----
 
-    def _reach_consensus(self, purpose: str) -> None:
-        """During training, make all workers hold the mass-weighted mean, and log what was found. Collective.
-
-        Args:
-            purpose: What it is for; the same on all workers.
-
-        Raises:
-            RuntimeError: It was asked for in the middle of a step, where the workers are not together, or for
-                different purposes.
-        """
-        if self._engine is None:
-            return
-        if self._is_alone:
-            raise RuntimeError(
-                "Evaluating, predicting or saving during a step or a log, from `on_step_end` say, needs all workers at "
-                "once, and they are not at the same step. In a callback, set `control.should_evaluate` or "
-                "`control.should_save`, on any worker: all will do it together after their steps."
-            )
-        if not self._is_acting:
-            self._meet(has_ended=True, purpose=purpose)
-        self._sum_tokens()
-        if self._agreed_at == self._now():
-            return  # an evaluation and a save after the same step share one consensus point
-        self._agree_on_model()
-
-    def _now(self) -> tuple[int, int]:
-        return self._membership.era.number if self._membership is not None else 0, self._steps_of_all
-
-    def _agree_on_model(self) -> None:
-        """Make all workers hold the mass-weighted mean, and log what was found. Collective."""
-        self._require_same_parameters()
-        self._pause_exchange()
-        ledger = self._ledger if self._engine is not None else None
-        done = gather_object([self._steps_done])
-        consensus = reach_consensus(self._blocks, ledger, self._is_new)
-        self._is_new = False
-        self._agreed_at = self._now()
-        self._masses = consensus.mass_by_worker
-        self._facts = replace(self._facts, done=tuple(done), consensus_distance=consensus.distance)
-        self.log(consensus.figures())
-
-    def _with_all(self, purpose: str, action: Callable[[], T]) -> T:
-        """Do what needs all workers, on the consensus model; with those who are left, if some go meanwhile."""
-
-        def act() -> T:
-            self._reach_consensus(purpose)
-            return action()
-
-        with self._together():
-            return act() if self._is_acting else self._enduring(act)  # a meeting begins again itself
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        if self._is_outside:
+        if self._layup.state.is_outside:
             return {}  # `eval_on_start`: the others are in the middle of training
-        return self._with_all("evaluate()", lambda: super(LayupMixin, self).evaluate(*args, **kwargs))
+        return self._layup.points.with_all("evaluate()", functools.partial(super().evaluate, *args, **kwargs))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
-        return self._with_all("predict()", lambda: super(LayupMixin, self).predict(*args, **kwargs))
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        def save() -> None:
-            if self._engine is not None:
-                self._keep_position()
-            super(LayupMixin, self)._save_checkpoint(*args, **kwargs)
-
-        self._with_all("a checkpoint", save)
+        return self._layup.points.with_all("predict()", functools.partial(super().predict, *args, **kwargs))
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""
-        self._with_all("save_model()", lambda: super(LayupMixin, self).save_model(*args, **kwargs))
+        self._layup.points.with_all("save_model()", functools.partial(super().save_model, *args, **kwargs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._layup.save_checkpoint(
+            functools.partial(super()._get_output_dir, trial), functools.partial(super()._save_checkpoint, model, trial)
+        )
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._layup.checkpoints.output_dir(functools.partial(super()._get_output_dir, trial))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._layup.checkpoints.save_optimizer(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        stock = functools.partial(super()._load_optimizer_and_scheduler, checkpoint)
+        self._layup.checkpoints.load_optimizer(checkpoint, stock)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        stock = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
+        self._layup.checkpoints.load_model(resume_from_checkpoint, stock)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or say that it could not be created: every push tries again.
+
+        Raises:
+            HFValidationError: No repository can have this name.
+        """
+        self._layup.hub.find_repo(token, private)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and with what earlier pushes did not bring.
+
+        Raises:
+            Exception: Whatever kept the model from the Hub, with `blocking=True`. It is saved in `output_dir` then.
+        """
+        return self._layup.hub.push_model(functools.partial(super().push_to_hub, *args, **kwargs))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._layup.checkpoints.push(checkpoint_folder, super()._push_from_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with a section about the workers if there has been training."""
+        super().create_model_card(*args, **kwargs)
+        self._layup.hub.add_to_card()
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with one process.
@@ -280,12 +233,13 @@ class LayupMixin(Checkpoints, HubPushes, BlockSteps, Exchange, Logs, WorkSharing
         Raises:
             ValueError: There are several workers.
         """
-        if self.args.world_size > 1:
-            raise ValueError(
-                "hyperparameter_search() and LayUp with several workers exclude each other: a trial that one worker "
-                "prunes would leave the others waiting. Search with one process, or start a run for each trial."
-            )
+        check_search(self.args)
         return super().hyperparameter_search(*args, **kwargs)
+
+
+def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
+    return functools.wraps(method)  # type: ignore[return-value]
 
 
 class LayupTrainer(LayupMixin, Trainer):
@@ -294,6 +248,6 @@ class LayupTrainer(LayupMixin, Trainer):
     Takes the arguments of `Trainer`. `args` is a `LayupConfig`, or a plain `TrainingArguments` for LayUp's defaults.
     """
 
-    @functools.wraps(Trainer.__init__)  # scripts look into its signature for what a version of transformers accepts
+    @_like(Trainer.__init__)  # scripts look into its signature for what a version of transformers accepts
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

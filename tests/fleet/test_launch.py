@@ -11,7 +11,9 @@ from layup_hf import LayupConfig
 from layup_hf.fleet.keeper import PREFIX, WORKERS
 from layup_hf.fleet.launch import has_joined, prepare_launch
 from layup_hf.fleet.store import Job
-from layup_hf.trainer.eras import Eras
+from layup_hf.trainer.members import Members
+from layup_hf.trainer.options import Options
+from layup_hf.trainer.state import RunState
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
 
@@ -124,9 +126,15 @@ def test_joining_comes_before_the_process_group(monkeypatch):
 
 def test_who_joins_cannot_have_a_shard():
     job = SimpleNamespace(workers=3)
-    joining = SimpleNamespace(args=SimpleNamespace(job_to_join=job, world_size=1, shared_batches=False))
+    joining = SimpleNamespace(
+        args=SimpleNamespace(job_to_join=job), world_size=1, options=Options(shared_batches=False)
+    )
+    state = RunState()
+    members = Members(joining, state)
     with pytest.raises(ValueError, match=r"`shared_batches=False` and joining a running job exclude each other"):
-        Eras._plan_workers(joining)
-    joining.args.shared_batches = True
-    assert Eras._plan_workers(joining) is job
-    assert joining._planned == 3
+        members.plan()
+    joining.options.shared_batches = True
+    assert members.plan() is job
+    assert members.workers == 3
+    assert state.is_outside
+    assert state.is_new

@@ -14,6 +14,8 @@ from layup_hf.blocks import split_into_blocks
 from layup_hf.gossip.moments import MEASURE_EVERY, MeanMoments
 from layup_hf.optim.direction import Direction
 from layup_hf.trainer.exchange import Exchange
+from layup_hf.trainer.options import Options
+from layup_hf.trainer.state import RunState
 
 ROWS, WIDTH = 4, 200
 SIGNAL = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
@@ -274,10 +276,12 @@ def test_otherwise_second_moments_are_each_workers_own(real, case):
 
 def test_another_workers_optimizer_is_no_reason_to_do_without_the_mean_silently(monkeypatch):
     monkeypatch.setattr(MeanMoments, "open", lambda *given, **options: None)  # as where a peer has another optimizer
-    args = SimpleNamespace(second_moment="mean", process_index=0, world_size=2, seed=0)
-    parts = {"_blocks": [], "_ledger": SimpleNamespace(remote=()), "_block_optimizer": SimpleNamespace(inner=None)}
+    options, args = Options(second_moment="mean"), SimpleNamespace(seed=0)
+    host = SimpleNamespace(options=options, args=args, rank=0, world_size=2)
+    model = SimpleNamespace(blocks=[], optimizer=SimpleNamespace(inner=None))
+    exchange = Exchange(host, RunState(), members=None, model=model)
     with pytest.raises(ValueError, match=r"`second_moment='mean'` and the optimizer of another worker .*'auto'"):
-        Exchange._share_moments(SimpleNamespace(args=args, **parts))
+        exchange._share_moments(SimpleNamespace(remote=()))
 
 
 def test_an_optimizer_that_cannot_is_refused_where_the_mean_is_asked_for(real):

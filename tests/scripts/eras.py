@@ -35,8 +35,8 @@ result = {"name": NAME, "is_joining": is_joining}
 
 def state_of_optimizer(trainer):
     """Steps that the moments of the last parameter are of, and whether there are any."""
-    optimizer = trainer._block_optimizer
-    state = optimizer.state_of(trainer._blocks[-1].parameters[-1])
+    optimizer = trainer.layup.model.optimizer
+    state = optimizer.state_of(trainer.layup.model.blocks[-1].parameters[-1])
     return [float(state["step"]), bool(state["exp_avg"].any())] if state else None
 
 
@@ -67,13 +67,16 @@ class Faults(TrainerCallback):
         print(f"{NAME} evaluated at {state.global_step}, rank {args.process_index} of {args.world_size}", flush=True)
 
 
-class Trainer(LayupTrainer):
-    def _begin_era(self, era):
-        super()._begin_era(era)
-        print(f"{NAME} is rank {self.args.process_index} of {self.args.world_size} in era {era.number}", flush=True)
+trainer = LayupTrainer(model=model, args=config, train_dataset=data, eval_dataset=data[:32], callbacks=[Faults()])
+begin = trainer.layup.eras.begin
 
 
-trainer = Trainer(model=model, args=config, train_dataset=data, eval_dataset=data[:32], callbacks=[Faults()])
+def begin_and_tell(era):
+    begin(era)
+    print(f"{NAME} is rank {config.process_index} of {config.world_size} in era {era.number}", flush=True)
+
+
+trainer.layup.eras.begin = begin_and_tell
 trainer.train(resume_from_checkpoint=config.resume_from_checkpoint == "True")
 result["evaluation"] = trainer.evaluate()["eval_loss"]
 trainer.save_model()

@@ -58,12 +58,15 @@ class Observed:
         prepared = super()._prepare_for_training(*args, **kwargs)
         self.collectives = []
         collectives.clear()
-        return prepared
+        meetings = self.layup.meetings
 
-    def _meet(self, *args, **kwargs):
-        self.collectives.append(sum(collectives.values()))
-        super()._meet(*args, **kwargs)
-        collectives.clear()
+        def meet(**how):
+            self.collectives.append(sum(collectives.values()))
+            type(meetings).meet(meetings, **how)
+            collectives.clear()
+
+        meetings.meet = meet
+        return prepared
 
 
 def observed(trainer_class):
@@ -76,12 +79,12 @@ def train(trainer, resume=None):
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     return {
         "collectives": trainer.collectives,
-        "steps": trainer._steps_done,
+        "steps": trainer.layup.state.steps_done,
         "global_step": trainer.state.global_step,
         "began_at": trainer._initial_global_step,
         "logs": trainer.state.log_history,
         "same": same_everywhere(torch.cat([tensor.detach().double().flatten() for tensor in trainable])),
-        "blocks": {block.name: block.num_bytes for block in trainer._blocks},
+        "blocks": {block.name: block.num_bytes for block in trainer.layup.model.blocks},
         "trainable_bytes": sum(p.nbytes for p in trainable),
     }
 

@@ -17,7 +17,7 @@ class Watch(TrainerCallback):
     """Sees by what steps are longer, and what a peer shows of its first moments."""
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        moments = self.trainer._moments
+        moments = self.trainer.layup.exchange.moments
         if moments is not None:
             parts = moments._parts.values()
             lengths = [float(length.mean()) for part in parts for length in part.lengths or ()]
@@ -46,10 +46,10 @@ def run_case(options):
     except ValueError as error:
         return {**result, "failure": str(error)}
     names = {name for state in trainer.optimizer.state.values() for name in state}
-    result["looks_ahead"] = trainer._direction is not None and trainer._direction.looks_ahead
-    result["ahead_in_card"] = trainer._facts.looks_ahead
+    result["looks_ahead"] = (direction := trainer.layup.steps.direction) is not None and direction.looks_ahead
+    result["ahead_in_card"] = trainer.layup.state.facts.looks_ahead
     result["same"] = same_everywhere(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    return {**result, "state": sorted(names), "closed": trainer._moments is None} | {
+    return {**result, "state": sorted(names), "closed": trainer.layup.exchange.moments is None} | {
         name: getattr(watch, name, None) for name in ("length", "first", "theirs")
     }
 

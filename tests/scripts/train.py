@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
 from worker import collectives, count_collectives, same_everywhere, write_result
 
-import layup_hf.trainer.mixin
+import layup_hf.trainer.agreement
 from layup_hf import LayupConfig, LayupTrainer
 
 
@@ -56,7 +56,7 @@ class Observer(TrainerCallback):
             raise ArithmeticError("a fault made on purpose")
 
 
-original_consensus = layup_hf.trainer.mixin.reach_consensus
+original_consensus = layup_hf.trainer.agreement.reach_consensus
 
 
 def checked_consensus(blocks, ledger, is_new):
@@ -83,16 +83,23 @@ def checked_consensus(blocks, ledger, is_new):
     return consensus
 
 
-layup_hf.trainer.mixin.reach_consensus = checked_consensus
+layup_hf.trainer.agreement.reach_consensus = checked_consensus
 
 
 class ObservedTrainer(LayupTrainer):
     """Counts the collectives between two meetings, callbacks and logging included."""
 
-    def _meet(self, *args, **kwargs):
-        result.setdefault("collectives_between_meetings", []).append(sum(collectives.values()))
-        super()._meet(*args, **kwargs)
-        collectives.clear()
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        meetings = self.layup.meetings
+
+        def meet(**how):
+            result.setdefault("collectives_between_meetings", []).append(sum(collectives.values()))
+            type(meetings).meet(meetings, **how)
+            collectives.clear()
+
+        meetings.meet = meet
+        return prepared
 
 
 trainer = ObservedTrainer(model=model, args=config, train_dataset=data, eval_dataset=data[:16], callbacks=[Observer()])

@@ -7,6 +7,7 @@ import pytest
 from fleet import gather_between_threads, together
 
 from layup_hf.trainer.checkpoint import UNFINISHED, Checkpoints
+from layup_hf.trainer.state import RunState
 
 
 def write_and_compare(folders, late=0.0):
@@ -14,16 +15,15 @@ def write_and_compare(folders, late=0.0):
     for_rank = gather_between_threads(len(folders))
 
     def work(rank):
-        worker = Checkpoints()
-        worker.args = SimpleNamespace(process_index=rank, should_save=rank == 0)
-        worker._gather, worker.is_world_process_zero = for_rank(rank), lambda: rank == 0
+        host = SimpleNamespace(args=SimpleNamespace(should_save=rank == 0), rank=rank, is_first=rank == 0)
+        checkpoints = Checkpoints(host, RunState(), SimpleNamespace(gather=for_rank(rank)), hub=None)
         aside = folders[rank] / UNFINISHED / "checkpoint-5"
         aside.mkdir(parents=True, exist_ok=True)
         if rank == len(folders) - 1:
             time.sleep(late)
         (aside / f"optimizer_{rank}.pt").touch()
-        worker._require_shared_folder(aside)
-        return worker._has_warned_of_folder
+        checkpoints.require_shared_folder(aside)
+        return checkpoints.has_warned_of_folder
 
     return together([lambda rank=rank: work(rank) for rank in range(len(folders))])
 
@@ -47,11 +47,11 @@ def test_what_lies_apart_from_rank_0_is_said_and_cleared_away(tmp_path):
 
 def test_a_worker_that_joins_leaves_alone_what_the_others_are_writing(tmp_path):
     (tmp_path / UNFINISHED / "checkpoint-5").mkdir(parents=True)
-    worker = Checkpoints()
-    worker.args = SimpleNamespace(should_save=True)
-    worker._aside, worker._is_outside = str(tmp_path), True
-    worker._resume(None, None)
+    state = RunState(is_outside=True)
+    host = SimpleNamespace(args=SimpleNamespace(should_save=True), output_dir=lambda trial: str(tmp_path))
+    checkpoints = Checkpoints(host, state, collectives=None, hub=None)
+    checkpoints.resume(None, None)
     assert (tmp_path / UNFINISHED / "checkpoint-5").exists()
-    worker._is_outside = False
-    worker._resume(None, None)
+    state.is_outside = False
+    checkpoints.resume(None, None)
     assert not (tmp_path / UNFINISHED).exists()

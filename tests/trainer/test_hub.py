@@ -17,7 +17,7 @@ from models import gpt2, lora_llama
 
 import layup_hf.trainer.hub
 from layup_hf import LayupConfig, LayupTrainer
-from layup_hf.trainer.hub import _Upload
+from layup_hf.trainer.hub import Upload
 from layup_hf.trainer.report import RunFacts, add_to_card
 
 
@@ -371,8 +371,8 @@ def test_a_snapshot_stays_as_it_is(tmp_path, monkeypatch, links):
     shutil.copy(checkpoint / "model.safetensors", out)
     patterns = {"ignore_patterns": ["_*", "checkpoint-*"]}
     with (
-        _Upload(out, checkpoint, patterns).snapshot(str(out)) as model,
-        _Upload(checkpoint, checkpoint, {}).snapshot(str(out)) as whole,
+        Upload(out, checkpoint, patterns).snapshot(str(out)) as model,
+        Upload(checkpoint, checkpoint, {}).snapshot(str(out)) as whole,
     ):
         assert set(os.listdir(model)) == {"model.safetensors", "notes.txt"}
         assert (Path(model) / "notes.txt").read_text() == "for the Hub"
@@ -398,17 +398,17 @@ def test_a_snapshot_that_cannot_be_made_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copy", refuse)
     monkeypatch.setattr(layup_hf.trainer.hub.logger, "warning", warnings.append)
     (tmp_path / "out" / "config.json").write_text("{}")
-    job = trainer._start(_Upload(tmp_path / "out", None, {"commit_message": "A save"}))
+    job = trainer.layup.hub.start(Upload(tmp_path / "out", None, {"commit_message": "A save"}))
     assert isinstance(job.exception(), OSError)
     assert "The model could not be pushed to out (A save): OSError: no links here." in warnings[0]
-    assert list(trainer._missed) == [""]
+    assert list(trainer.layup.hub.missed) == [""]
 
 
 def test_a_checkpoint_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
     trainer, warnings = trainer_for(tmp_path, gpt2()), []
     monkeypatch.setattr(layup_hf.trainer.hub.logger, "warning", warnings.append)
     gone = tmp_path / "out" / "checkpoint-3"
-    trainer._missed["checkpoint-3"] = _Upload(gone, gone, {"path_in_repo": "checkpoint-3"})
-    assert trainer._start_missed() == []
-    assert trainer._missed == {}
+    trainer.layup.hub.missed["checkpoint-3"] = Upload(gone, gone, {"path_in_repo": "checkpoint-3"})
+    assert trainer.layup.hub.start_missed() == []
+    assert trainer.layup.hub.missed == {}
     assert warnings[0].startswith(f"{gone} has been deleted before it could be pushed to out.")

@@ -213,12 +213,13 @@ def test_the_optimizer_looks_ahead_also_where_the_loss_is_scaled(tmp_path, clip)
 class Ordered(LayupTrainer):
     """Notes in which order blocks become ready, and how the model is compiled."""
 
-    def _start_block_steps(self):
-        super()._start_block_steps()
-        self.ready, self.layers = [], len(self._layers)
-        for block in self._blocks:
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        self.ready, self.layers = [], len(self.layup.model.layers)
+        for block in self.layup.model.blocks:
             for parameter in block.parameters:
                 parameter.register_post_accumulate_grad_hook(self.note(block))
+        return prepared
 
     def note(self, block):
         return lambda _: self.ready.append(block.name) if self.ready[-1:] != [block.name] else None

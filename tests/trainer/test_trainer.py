@@ -92,15 +92,16 @@ def test_clipping_bounds_the_gradient(tmp_path):
     norms = []
 
     class Observing(LayupTrainer):
-        def _start_block_steps(self):
-            super()._start_block_steps()
-            original = self._clipper.clip_block
+        def _prepare_for_training(self, *args):
+            prepared = super()._prepare_for_training(*args)
+            original = self.layup.steps.clipper.clip_block
 
             def clip_block(block):
                 original(block)
                 norms.append(torch.stack([p.grad.norm() for p in block.parameters if p.grad is not None]).norm())
 
-            self._clipper.clip_block = clip_block
+            self.layup.steps.clipper.clip_block = clip_block
+            return prepared
 
     options = {"max_grad_norm": 0.01, "learning_rate": 1e-6, "max_steps": 4}
     Observing(model=gpt2(), args=arguments(tmp_path, **options), train_dataset=text()).train()

@@ -1,0 +1,217 @@
+"""The run: one object that owns what LayUp adds to a Trainer, from its parts to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from torch.distributed import DistError
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from ..fleet.membership import STORE_LOST, StoreLost
+from ..progress.clock import ProgressClock, WorkerFailure
+from . import report
+from .agreement import Agreement
+from .blockwise import BlockwiseModel
+from .checkpoint import Checkpoints
+from .collectives import Collectives
+from .eras import Eras
+from .exchange import Exchange
+from .following import ClockFollower
+from .host import Host
+from .hub import HubPushes
+from .logs import Logs
+from .loop import TrainingLoop
+from .meetings import BatchTooLarge, Meetings
+from .members import Members
+from .points import ConsensusPoints
+from .preemption import PreemptionCallback
+from .state import RunState
+from .steps import BlockSteps
+from .work import WorkSharing
+
+
+class LayupRun:
+    """Builds the parts, starts them when training begins, and stops them whatever happens.
+
+    The parts stand below in the order in which they are built: each knows those above it, by its constructor, and none
+    below. What several of them change is `state`; what they want of the Trainer is `host`. To train by another method,
+    name another class for a part in a subclass, and that in `LayupMixin.run_class`.
+
+    Args:
+        host: The Trainer.
+        args: Its arguments, as far as it has been given any.
+    """
+
+    model_class: type[BlockwiseModel] = BlockwiseModel
+    exchange_class: type[Exchange] = Exchange
+
+    def __init__(self, host: Host, args: TrainingArguments | None) -> None:
+        self.host = host
+        self.state = state = RunState()
+        self.preemption = PreemptionCallback(ends_process=not getattr(args, "enable_jit_checkpoint", False))
+        self.members = members = Members(host, state)
+        self.collectives = collectives = Collectives(host, state, members)
+        self.hub = HubPushes(host, state)
+        self.checkpoints = Checkpoints(host, state, collectives, self.hub)
+        self.work = WorkSharing(host, state, members)
+        self.model = model = self.model_class(host)
+        self.exchange = exchange = self.exchange_class(host, state, members, model)
+        self.steps = BlockSteps(host, state, members, model, exchange)
+        self.logs = Logs(host, state, collectives, model, exchange, self.steps)
+        self.agreement = agreement = Agreement(host, state, members, model, exchange)
+        self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement)
+        self.follower = follower = ClockFollower(host, state, collectives, members)
+        self.meetings = Meetings(host, state, collectives, members, exchange, agreement, eras, follower)
+        self.points = ConsensusPoints(state, collectives, exchange, self.logs, agreement, eras, self.meetings)
+        self.loop = TrainingLoop(host, state, collectives, members, exchange, eras, follower, self.meetings)
+
+    @property
+    def minds_preemption(self) -> bool:
+        """Whether SIGTERM ends training well: with one worker, as in the Trainer, only if asked to."""
+        return self.host.world_size > 1 or self.host.args.enable_jit_checkpoint
+
+    # ---- Beginning ----
+
+    def prepare(self) -> None:
+        """Start all parts, once the Trainer has its model, optimizer and scheduler. Collective."""
+        self.stop()
+        self.model.require_same_parameters()
+        self.steps.check()
+        self.state.facts = report.RunFacts(self.members.workers, len(self.model.blocks))
+        if self.work.goes_by_clock:
+            self.start_gossip()
+        self.steps.start()
+        self.checkpoints.say_what_is_resumed()
+
+    def start_gossip(self) -> None:
+        """Begin to exchange, or get ready to when this worker joins. Collective, but for who joins later."""
+        host, state, members = self.host, self.state, self.members
+        connect = members.start()
+        self.eras.start()
+        store = connect()
+        sets_clock = host.rank == 0 and not state.is_outside
+        clock = ProgressClock(store, start=host.state.global_step * members.workers if sets_clock else None)
+        if not state.is_outside:
+            self.exchange.open()
+            for tensor in (*host.model.parameters(), *host.model.buffers()):
+                broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
+        PartialState().wait_for_everyone()  # nobody draws before the clock has been set
+        self.work.start(store)
+        if members.membership is not None:  # the store is somewhere in a network
+            connection, make_ahead = members.drawing_ahead(connect)
+            clock.draw_ahead(connection, make_ahead)
+            if self.work.shared_loader is not None:
+                self.work.shared_loader.cursor.draw_ahead(connection, make_ahead)
+        self.loop.start(clock)
+
+    # ---- While training ----
+
+    @contextlib.contextmanager
+    def training(self, checkpoint: str | None, trial: Any) -> Iterator[str | None]:
+        """Around the Trainer's `_inner_training_loop`. Gives the checkpoint that it is to resume from.
+
+        Raises:
+            WorkerFailure: Another worker has failed.
+            StoreLost: The store of the job does not answer any more.
+            SystemExit: All has been saved after SIGTERM.
+        """
+        if self.members.plan() is not None:
+            checkpoint = None  # it takes over where the others are
+        self.checkpoints.resume(checkpoint, trial)
+        if self.minds_preemption:
+            self.preemption.install()
+        try:
+            yield checkpoint
+        except BatchTooLarge:
+            raise
+        except BaseException as error:
+            reason = self._reason_of(error)
+            self._tell_others(reason)
+            if reason is not error:
+                raise reason from error
+            raise
+        finally:
+            self.stop()
+            self.preemption.remove()
+        if self.state.ends_early and self.preemption.ends_process:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _reason_of(self, error: BaseException) -> BaseException:
+        """What to end with: another worker's failure, where this error comes from that, or what says what to do."""
+        host, clock = self.host, self.state.clock
+        if clock is None or not isinstance(error, RuntimeError) or isinstance(error, WorkerFailure):
+            return error
+        if self.members.membership is not None:
+            return StoreLost(STORE_LOST) if isinstance(error, DistError) else error
+        with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            if (failure := clock.failure()) is not None:
+                return WorkerFailure(failure)
+        if host.world_size > 1 and host.args.auto_find_batch_size and should_reduce_batch_size(error):
+            return RuntimeError(
+                f"Rank {host.rank} ran out of memory outside of a training step. Lower "
+                "`per_device_eval_batch_size`: `auto_find_batch_size` lowers that of training alone."
+            )
+        return error
+
+    def _tell_others(self, error: BaseException) -> None:
+        """Leave the reason of this worker's failure with the clock, where the others find it at their next step."""
+        message, clock = f"{type(error).__name__}: {error}", self.state.clock
+        if self.members.membership is not None:
+            self.members.membership.leave(f"failed: {message}")
+        elif clock is not None and not isinstance(error, WorkerFailure):
+            with contextlib.suppress(RuntimeError):
+                clock.report_failure(f"Training ends, as rank {self.host.rank} failed: {message}")
+
+    def save_checkpoint(self, output_dir: Callable[[], str], stock: Callable[[], None]) -> None:
+        """Write a checkpoint of the consensus model, with where in the data all workers are. Collective.
+
+        Args:
+            output_dir: Where checkpoints go.
+            stock: The Trainer's own `_save_checkpoint`.
+        """
+
+        def save() -> None:
+            if self.exchange.engine is not None:
+                self.work.keep_position()
+            self.checkpoints.save(output_dir(), stock)
+
+        self.points.with_all("a checkpoint", save)
+
+    # ---- Ending ----
+
+    def finalize(self, trial: Any, stock: Callable[[], Any]) -> Any:
+        """As the Trainer's `_finalize_training`, with the consensus model and after the exchange has been closed."""
+        self.eras.enduring(self.conclude)
+        self.stop()
+        self.checkpoints.keep_best_alone(trial)
+        output = stock()  # waits for the push in progress
+        self.hub.bring_missing()
+        return output
+
+    def conclude(self) -> None:
+        """All that needs the other workers at the end of training. Collective."""
+        self.points.reach("the end of training")
+        self.state.ends_early = self.preemption.has_stopped
+        engine = self.exchange.engine
+        if engine is None:
+            return
+        self.state.ends_early = any(gather_object([self.state.ends_early]))  # the signal may have come to one worker
+        staleness = sum(gather_object([engine.staleness]), Counter())
+        if self.host.is_first:
+            tqdm.write(report.summary(self.exchange.ledger.done, staleness, self.exchange.masses))
+        self.logs.average_loss()
+        self.host.store_flos()
+
+    def stop(self) -> None:
+        """Stop all parts, and leave the Trainer, its model and its optimizer as they were. Idempotent."""
+        self.loop.stop()
+        self.steps.stop()
+        self.exchange.close()
