@@ -99,7 +99,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def step_block(self, block: Block) -> None:
         """Step the parameters of `block` with their gradients, then free these unless they are to be kept."""
         if self.scaler is None:
-            self._step_share(block)
+            self.step_share(block)
         else:
             self.scaler.step(self._scaled[block.index])
         for parameter in block.parameters if not self.keeps_gradients else ():
@@ -111,7 +111,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         if self.scaler is not None:
             self.scaler.unscale_(self._scaled[block.index])
 
-    def _step_share(self, block: Block) -> None:
+    def step_share(self, block: Block) -> None:
         """Step the parameters of `block` with their gradients as they are; the scaler comes here, too, if there is one.
 
         Not to be called from elsewhere: the block does not count as stepped, and its gradients stay.
@@ -246,7 +246,7 @@ class _ScaledBlock:
         told = vars(self._optimizer.inner)
         told["found_inf"] = self.found_inf  # kernels that support it leave everything as it is if this is not zero
         try:
-            self._optimizer._step_share(self._block)
+            self._optimizer.step_share(self._block)
         finally:
             del told["found_inf"]
 
