@@ -145,7 +145,7 @@ class Fleet:
             return engine.merge(block)
         for peer, _ in windows.ledger.pending(index):
             if not windows.ledger._remote[peer]:
-                engine._take_offers(index)
+                engine.take_offers(index)
                 continue
             distant.courier.accepts = lambda p, b, peer=peer: (p, b) == (peer, index)
             wait_until(lambda peer=peer: (peer, index) in distant.staging.ready, f"block {index} of {peer} at {worker}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,14 +101,16 @@ class GradientBias:
 class _WithTensors(nn.Module):
     """A model, called with other parameters and buffers."""
 
+    _called: nn.Module
+
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["_called"], self._tensors = model, tensors  # not a submodule: its parameters are not used
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._called, self._tensors, args, kwargs)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:

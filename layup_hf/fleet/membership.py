@@ -105,13 +105,14 @@ class Membership:
         self._store.set(f"state/{member}", _ALIVE)
         self._store.add(WORKERS, 1)
         with self._lock:
-            self.member, self.era = member, None
+            self.member = member
+            self.era: Era | None = None
             self._forget()
 
     def _forget(self) -> None:
         self.gone: set[int] = set()
         self.is_broken = self.is_fenced = self._cannot_end = self._has_told = False
-        self._seen: dict[str, tuple[str, float]] = {}  # the last beat of each member, and when it came
+        self._seen: dict[str, tuple[bytes, float]] = {}  # the last beat of each member, and when it came
 
     # ---- Forming eras ----
 
@@ -123,9 +124,16 @@ class Membership:
             self._forget()
 
     @property
+    def present_era(self) -> Era:
+        """The era that this worker is in; not to be asked before the first."""
+        era = self.era
+        assert era is not None
+        return era
+
+    @property
     def rank(self) -> int:
         """This worker's rank in the era."""
-        return self.era.roster.index(self.member)
+        return self.present_era.roster.index(self.member)
 
     @property
     def leads(self) -> bool:
@@ -135,7 +143,7 @@ class Membership:
     def present(self) -> list[str]:
         """The members of this era that are left."""
         gone = self.gone
-        return [member for rank, member in enumerate(self.era.roster) if rank not in gone]
+        return [member for rank, member in enumerate(self.present_era.roster) if rank not in gone]
 
     def assemble(self, admits: bool = True) -> Era:
         """Wait until all members of this era that are left have come, and agree on the next one. Collective.
@@ -147,12 +155,13 @@ class Membership:
             Fenced: The others go on without this worker.
             StoreLost: The store does not answer.
         """
-        number, store = self.era.number + 1, self._store
-        store.set(f"broken/{self.era.number}", "")
+        present, store = self.present_era, self._store
+        number = present.number + 1
+        store.set(f"broken/{present.number}", "")
         store.set(f"come/{number}/{self.member}", "")
         while not store.check([f"roster/{number}"]):
             self.check()
-            alive = self._alive(self.era.roster)
+            alive = self._alive(present.roster)
             if self.member not in alive:
                 raise Fenced
             if alive[0] == self.member and store.check([f"come/{number}/{member}" for member in alive]):
@@ -220,7 +229,7 @@ class Membership:
 
     def reason_of(self, rank: int) -> str:
         """Why a member is gone."""
-        state = self._store.get(f"state/{self.era.roster[rank]}").decode()
+        state = self._store.get(f"state/{self.present_era.roster[rank]}").decode()
         if state.startswith(_FENCED):
             return f"has given no sign of life for {self.lease_seconds:g} s"
         return state

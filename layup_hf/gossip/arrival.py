@@ -39,13 +39,13 @@ class ArrivalEngine(GossipEngine):
 
     def __init__(self, blocks: Sequence[Block], *args: Any, may_exchange: Callable[[], bool], **engine: Any) -> None:
         super().__init__(blocks, *args, **engine)
-        self._mine = [[tensor.data for tensor in tensors] for tensors in self._mine]
+        self.mine = [[tensor.data for tensor in tensors] for tensors in self.mine]
         self._may_exchange = may_exchange
-        self._locks = [threading.Lock() for _ in self._mine]
+        self._locks = [threading.Lock() for _ in self.mine]
         self._may_merge, self._ends = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
-        device = self._mine[0][0].device
-        self._turns = [_Turns() for _ in self._mine] if device.type == "cuda" else None
+        device = self.mine[0][0].device
+        self._turns = [_Turns() for _ in self.mine] if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = threading.Thread(target=self._run, name="layup-arrival", daemon=True)
         self._thread.start()
@@ -119,11 +119,11 @@ class ArrivalEngine(GossipEngine):
             self._failure = error
 
     def _look(self) -> None:
-        for index in self._ledger.waiting():
+        for index in self.ledger.waiting():
             with self._holding(index):
                 if not self._may_merge.is_set() or self._ends.is_set():
                     return
-                self._take_offers(index)
+                self.take_offers(index)
 
 
 class _Turns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
@@ -74,9 +75,9 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool
     squares = torch.zeros(2, dtype=torch.float64)  # |x - mean|^2 and |mean|^2
     for block in blocks:
         tensors = block.tensors
-        mine = _flatten(tensors)
-        mean = reduce(mine * (int(masses[rank, block.index]) / int(totals[block.index])), "sum")
-        squares += torch.stack([(mine - mean).square().sum(), mean.square().sum()]).double().cpu()
+        own = _flatten(tensors)
+        mean = reduce(own * (int(masses[rank, block.index]) / int(totals[block.index])), "sum")
+        squares += torch.stack([(own - mean).square().sum(), mean.square().sum()]).double().cpu()
         _assign(tensors, mean)
     deviations = sum(gather_object([squares[0].item()]))
     if ledger is not None:
@@ -103,7 +104,7 @@ def _masses(reports: list[tuple[int, Account | None] | None], accounts: dict[int
         return torch.tensor([[0 if report is None else UNIT] * num_blocks for report in reports])
     ranks = sorted(accounts)
     held = effective_masses({rank: accounts[rank] for rank in ranks})
-    lost = sum(account.lost for account in accounts.values())
+    lost = sum((account.lost for account in accounts.values()), np.zeros(num_blocks, dtype=np.uint64))
     expected = len(accounts) * UNIT
     if not bool((held.sum(axis=1) + lost == expected).all()):
         raise RuntimeError(

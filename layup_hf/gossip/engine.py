@@ -30,6 +30,8 @@ class GossipEngine:
             merged at the next moment that this engine has; else it waits for the block's own boundary.
 
     Attributes:
+        ledger: Of the windows.
+        mine: The tensors of each block of this worker, as merges write them.
         counts: Totals since the start: `merges`, `offers`, `skipped_offers`, `bytes_read`.
         staleness: How many merges were how many clock steps old, since the start.
     """
@@ -44,12 +46,12 @@ class GossipEngine:
         is_free: Callable[[int], bool] = lambda index: False,
     ) -> None:
         self._windows = windows
-        self._ledger = windows.ledger
+        self.ledger = windows.ledger
         self._sampler = sampler
         self._offer_every = offer_every
         self._is_free = is_free
         self._blocks = list(blocks)
-        self._mine = [block.tensors for block in blocks]
+        self.mine = [block.tensors for block in blocks]
         self._steps = [0] * len(self._blocks)
         self._bytes = [block.num_bytes for block in blocks]
         self.staleness: Counter[int] = Counter()
@@ -63,19 +65,20 @@ class GossipEngine:
         Whatever else has come in the background is merged, too, if its block is free: it need not wait, and keep room
         from other blocks, until its turn comes.
         """
-        self._take_offers(block.index)
+        self.take_offers(block.index)
         for index in self._windows.arrived():
             if self._is_free(index):
-                self._take_offers(index)
+                self.take_offers(index)
 
-    def _take_offers(self, index: int) -> None:
-        ledger = self._ledger
+    def take_offers(self, index: int) -> None:
+        """Merge all that is offered and here of the block with this index, which must be free to be written."""
+        ledger = self.ledger
         for peer, units in ledger.pending(index):
             theirs = self._windows.read(peer, index)
             if theirs is None:
                 continue
             weight = self.weight(units, ledger.own(index), ledger.untaken(index))
-            torch._foreach_lerp_(self._mine[index], theirs, weight)
+            torch._foreach_lerp_(self.mine[index], theirs, weight)
             ledger.take(index, peer, units)
             self._windows.release(peer, index)
             self.staleness[ledger.staleness(index, peer)] += 1
@@ -92,7 +95,7 @@ class GossipEngine:
 
     def offer(self, block: Block) -> None:
         """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none."""
-        ledger, index = self._ledger, block.index
+        ledger, index = self.ledger, block.index
         ledger.count_step(index)
         self._steps[index] += 1
         if self._steps[index] % self._offer_every:
@@ -121,8 +124,8 @@ class GossipEngine:
 
     def exclude(self, peer: int) -> None:
         """Do without a peer whose lease has run out: take back what it was offered and has not taken. Idempotent."""
-        if self._ledger.is_present(peer):
-            self._ledger.exclude(peer)
+        if self.ledger.is_present(peer):
+            self.ledger.exclude(peer)
             self._windows.exclude(peer)
             self._sampler.exclude(peer)
 
@@ -132,7 +135,7 @@ class GossipEngine:
         Raises:
             RuntimeError: A tensor was replaced, moved, cast or resized since the start.
         """
-        for block, known in zip(self._blocks, self._mine, strict=True):
+        for block, known in zip(self._blocks, self.mine, strict=True):
             for tensor, old in zip(block.tensors, known, strict=True):
                 if tensor.data_ptr() != old.data_ptr() or tensor.shape != old.shape or tensor.dtype != old.dtype:
                     raise RuntimeError(
@@ -145,7 +148,7 @@ class GossipEngine:
         """What the logs say: totals, masses in units of one worker's share, and since the last call the staleness and
         what the windows have to say.
         """
-        masses = self._ledger.masses() / UNIT
+        masses = self.ledger.masses() / UNIT
         figures = {f"layup/{name}": float(count) for name, count in self.counts.items()}
         figures.update(self._windows.figures())
         figures["layup/mass_min"] = float(masses.min())

@@ -118,7 +118,8 @@ class MeanMoments:
         if not all(gather(is_plain_adam(optimizer))):
             return None
         make_states(optimizer)
-        parts, shown = {}, []
+        parts: dict[int, _Part] = {}
+        shown: list[Block] = []
         for block in (block for block in blocks if block.parameters):
             states = [optimizer.state[parameter] for parameter in block.parameters]
             first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]

@@ -6,7 +6,7 @@ is conserved exactly, not up to rounding. Nothing here knows about processes, te
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -31,6 +31,10 @@ def share(own: Units, receivers: Units) -> Units:
     return own // (receivers + 1)
 
 
+@overload
+def merge_weight(offered: int, own: int, untaken: int) -> float: ...
+@overload
+def merge_weight(offered: np.ndarray, own: np.ndarray, untaken: np.ndarray) -> np.ndarray: ...
 def merge_weight(offered: Units, own: Units, untaken: Units) -> float | np.ndarray:
     """Weight of a peer's block in a merge, between 0 and 1: `offered / (own + untaken + offered)`.
 

@@ -37,10 +37,12 @@ class BlockClipper:
         self._max_norm = max_norm
         self._skips_overflow = skips_overflow
         is_double = any(parameter.dtype == torch.float64 for block in blocks for parameter in block.parameters)
-        options = {"dtype": torch.float64 if is_double else torch.float32, "device": device}
-        self._norms = torch.zeros(len(blocks), **options)  # of this step as far as it has come, else of the last
-        self._last = torch.zeros(len(blocks), **options)
-        self._squares = torch.zeros(3, **options)  # of the completed blocks now and in the last step; of the others
+        dtype = torch.float64 if is_double else torch.float32
+        # Of this step as far as it has come, else of the last.
+        self._norms = torch.zeros(len(blocks), dtype=dtype, device=device)
+        self._last = torch.zeros(len(blocks), dtype=dtype, device=device)
+        # Of the completed blocks now and in the last step; of the others.
+        self._squares = torch.zeros(3, dtype=dtype, device=device)
         self._completed = 0
 
     def clip_block(self, block: Block) -> None:

@@ -70,12 +70,14 @@ class Direction:
         beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
         lead = (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
         self._ages[block.index] += 1
-        is_stepped = [parameter.grad is not None for parameter in block.parameters]
+        of_all = [parameter.grad for parameter in block.parameters]
+        is_stepped = [gradient is not None for gradient in of_all]
         if not any(is_stepped) or (lead == 0 and lengths is None):
             yield
             return
         stepped = list(itertools.compress(block.parameters, is_stepped))
-        states, gradients = [self._optimizer.state[p] for p in stepped], [p.grad for p in stepped]
+        states = [self._optimizer.state[parameter] for parameter in stepped]
+        gradients = [gradient for gradient in of_all if gradient is not None]
         first = [state["exp_avg"] for state in states]
         with self._unscaled(first, gradients):
             if lengths is None and all(m.dtype in (torch.float32, torch.float64) for m in first):
@@ -83,9 +85,8 @@ class Direction:
                     yield
                 torch._foreach_lerp_(first, gradients, -lead / (1 - lead))
             else:
-                if lengths is not None:
-                    lengths = list(itertools.compress(lengths, is_stepped))
-                with _other_moments(states, self._ahead(first, gradients, lead, lengths, beta1)):
+                longer = list(itertools.compress(lengths, is_stepped)) if lengths is not None else None
+                with _other_moments(states, self._ahead(first, gradients, lead, longer, beta1)):
                     yield
                 torch._foreach_lerp_(first, gradients, 1 - beta1)
 
@@ -112,7 +113,7 @@ class Direction:
 
     def _ahead(
         self, first: list[Tensor], gradients: list[Tensor], lead: float, lengths: list[Tensor] | None, beta1: float
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """What AdamW is to take for its first moment; see the class."""
         room = self._room_for(first)
         if lengths is None:
@@ -122,6 +123,7 @@ class Direction:
         of_first = torch._foreach_mul(lengths, 1 - lead)
         of_gradient = torch._foreach_mul(lengths, (1 - beta1 + beta1 * lead) / beta1)
         torch._foreach_sub_(of_gradient, (1 - beta1) / beta1)
+        ahead: tuple[Tensor, ...] | list[Tensor]
         if room is None:
             ahead = torch._foreach_mul(first, of_first)
         else:
@@ -152,7 +154,7 @@ class Direction:
         scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if isinstance(scale, Tensor):
             torch._foreach_div_(gradients, scale)
-            self._optimizer.grad_scale = None
+            vars(self._optimizer)["grad_scale"] = None
         if isinstance(found_inf, Tensor):  # then the optimizer changes nothing, and these gradients leave m as it is
             skips = found_inf.to(first[0].device) > 0
             for m, g in zip(first, gradients, strict=True):
@@ -161,11 +163,11 @@ class Direction:
             yield
         finally:
             if isinstance(scale, Tensor):
-                self._optimizer.grad_scale = scale
+                vars(self._optimizer)["grad_scale"] = scale
 
 
 @contextlib.contextmanager
-def _other_moments(states: list[dict[str, Any]], ahead: list[Tensor]) -> Iterator[None]:
+def _other_moments(states: list[dict[str, Any]], ahead: Sequence[Tensor]) -> Iterator[None]:
     """AdamW finds other first moments in these states; see `Direction`."""
     first = [state["exp_avg"] for state in states]
     for state, a in zip(states, ahead, strict=True):

@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._blocks = list(blocks)
         self._stepped = [False] * len(self._blocks)
         self._shares = self._share_groups()
-        self._scaled = [_ScaledBlock(weakref.proxy(self), block) for block in self._blocks]
+        scaled = [_ScaledBlock(weakref.proxy(self), block) for block in self._blocks]
+        self._scaled = [cast(torch.optim.Optimizer, block) for block in scaled]  # all that a GradScaler wants of one
         # Hooks of the inner optimizer are of a whole step: they come with ours, not with every block's.
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
             vars(inner).get(name, OrderedDict()) for name in _HOOKS
@@ -98,7 +99,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def step_block(self, block: Block) -> None:
         """Step the parameters of `block` with their gradients, then free these unless they are to be kept."""
         if self.scaler is None:
-            self._step_share(block)
+            self.step_share(block)
         else:
             self.scaler.step(self._scaled[block.index])
         for parameter in block.parameters if not self.keeps_gradients else ():
@@ -110,7 +111,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         if self.scaler is not None:
             self.scaler.unscale_(self._scaled[block.index])
 
-    def _step_share(self, block: Block) -> None:
+    def step_share(self, block: Block) -> None:
+        """Step the parameters of `block` with their gradients as they are; the scaler comes here, too, if there is one.
+
+        Not to be called from elsewhere: the block does not count as stepped, and its gradients stay.
+        """
         inner, groups, shares = self.inner, self.inner.param_groups, self._shares[block.index]
         views = [share.view(groups[share.group]) for share in shares]
         hooks = {name: vars(inner)[name] for name in _HOOKS if name in vars(inner)}
@@ -125,7 +130,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         for share, view in zip(shares, views, strict=True):
             share.keep(groups[share.group], view, type(inner).__name__)
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> NoReturn: ...
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Step every block that has not been stepped since the last call."""
         if closure is not None:
             raise ValueError("A closure would evaluate the model again in the middle of a step: not possible by block.")
@@ -201,6 +210,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         """To a GradScaler: whether to call `step()` in any case; steps that overflow are skipped inside."""
         return self.scaler is not None or getattr(self.inner, "_step_supports_amp_scaling", False)
 
+    # torch declares these three as attributes that anybody may set. They are the inner optimizer's, to be read here.
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.inner.param_groups
@@ -232,19 +243,19 @@ class _ScaledBlock:
         self._optimizer, self._block = optimizer, block
 
     def step(self) -> None:
-        inner = self._optimizer.inner
-        inner.found_inf = self.found_inf  # kernels that support it leave everything as it is if this is not zero
+        told = vars(self._optimizer.inner)
+        told["found_inf"] = self.found_inf  # kernels that support it leave everything as it is if this is not zero
         try:
-            self._optimizer._step_share(self._block)
+            self._optimizer.step_share(self._block)
         finally:
-            del inner.found_inf
+            del told["found_inf"]
 
 
 def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _forget_positions(optimizer: torch.optim.Optimizer) -> None:
+def _forget_positions(optimizer: Any) -> None:
     """Let an optimizer of bitsandbytes know its special parameters (embeddings in 32 bits) by identity alone.
 
     It finds them in its groups before its first step, and then also by their position, which in a block is another's.

@@ -55,7 +55,7 @@ class Cursor:
         self.name = str(rank)
         self._members = members or (lambda: map(str, range(world_size)))
         self._draw_ahead: Callable[[Callable[[], int]], Ahead[int]] | None = None
-        self._ahead: tuple[Any, Ahead[int]] | None = None
+        self._ahead: tuple[tuple[int, int, int], Ahead[int]] | None = None
         position = position or {"drawn": {}, "not_begun": []}
         self._begins = {int(epoch): place for epoch, place in position["drawn"].items()}
         self._left: dict[int, list[Draw]] = {}
@@ -131,9 +131,9 @@ class Cursor:
             not_begun: What the workers have drawn and not begun.
         """
         later = {epoch for epoch in (*self._begins, *self._left) if epoch >= epochs.stop}  # reached by an earlier run
-        epochs = sorted({*epochs, *later})
-        drawn = {epoch: self._begins.get(epoch, 0) + self._store.add(f"drawn/{epoch}", 0) for epoch in epochs}
-        left = [self._left[epoch][self._store.add(f"left/{epoch}", 0) :] for epoch in epochs if epoch in self._left]
+        known = sorted({*epochs, *later})
+        drawn = {epoch: self._begins.get(epoch, 0) + self._store.add(f"drawn/{epoch}", 0) for epoch in known}
+        left = [self._left[epoch][self._store.add(f"left/{epoch}", 0) :] for epoch in known if epoch in self._left]
         return {"drawn": drawn, "not_begun": sorted(itertools.chain(not_begun, *left))}
 
 
@@ -184,9 +184,21 @@ class FixedShares:
         """Nothing is drawn ahead."""
         return []
 
+    def given_up_by_peers(self, epoch: int) -> Iterator[Draw]:
+        """There are no peers."""
+        return iter(())
+
+    def all_gave_up(self, epoch: int) -> bool:
+        """There are none who could still give up anything."""
+        return True
+
     def claim(self, draw: Draw) -> bool:
         """Nobody else would have begun it."""
         return True
+
+    def is_claimed(self, draw: Draw) -> bool:
+        """By nobody else."""
+        return False
 
     def require_same(self, name: str, value: str) -> bool:
         """Nobody else is asked."""

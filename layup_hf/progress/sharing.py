@@ -8,7 +8,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from .cursor import Cursor, Draw, FixedShares
 
 Update = Iterator[Any]
 """The batches of one optimizer step: one, or as many as are accumulated."""
+
+
+class Order(Protocol):
+    """What gives the order of an epoch: a sampler that knows its length."""
+
+    def __iter__(self) -> Iterator[int]: ...
+
+    def __len__(self) -> int: ...
 
 
 class SharedLoader:
@@ -47,7 +55,7 @@ class SharedLoader:
     def __init__(
         self,
         make_loader: Callable[[Sampler[list[int]]], DataLoader],
-        sampler: Sampler[int],
+        sampler: Order,
         *,
         batch_size: int,
         accumulation: int,
@@ -141,7 +149,7 @@ class SharedLoader:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed + epoch)  # torch.manual_seed would reseed the GPUs, too
             order = np.fromiter(self.sampler, dtype=np.int64)
-        if not self.cursor.require_same(f"order/{epoch}", f"{zlib.crc32(order)} of {len(order)}"):
+        if not self.cursor.require_same(f"order/{epoch}", f"{zlib.crc32(order.data)} of {len(order)}"):
             raise ValueError(
                 f"The workers have different orders of epoch {epoch}, so they cannot share its batches: their data "
                 "sets differ, or the sampler draws from a generator of its own that is not seeded alike, or groups by "
@@ -194,7 +202,7 @@ class SharedStream:
     worker.
 
     Args:
-        loader: Yields the batches of the whole stream.
+        loader: Yields the batches of the whole stream; it makes them itself, of `batch_size` samples.
         accumulation: Batches of one optimizer step.
         rank: This worker.
         world_size: Number of workers.
@@ -206,6 +214,7 @@ class SharedStream:
     """
 
     def __init__(self, loader: DataLoader, accumulation: int, rank: int, world_size: int) -> None:
+        assert loader.batch_size is not None
         self._loader = loader
         self._rank, self._world_size = rank, world_size
         self.batch_size = loader.batch_size

@@ -28,7 +28,7 @@ class PeerWindows(Protocol):
     def ledger(self) -> Ledger:
         """Offers, masses and step counts of all workers."""
 
-    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+    def read(self, peer: int, block: int) -> list[Tensor] | None:
         """The peer's block, tensors like `Block.tensors` on this worker's device; None: not available now, ask later.
 
         The tensors may be the peer's own memory, which it goes on changing, or a copy that has come in the background.

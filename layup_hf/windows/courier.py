@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -218,7 +219,7 @@ class Courier:
     def _report(self, now: float) -> None:
         """Tell each peer what has changed, and ask again for what has not come."""
         for peer, report in self._reporter.due(now):
-            self._contacts.attempt(peer, lambda p, report=report: self._send(p, report))
+            self._contacts.attempt(peer, functools.partial(self._send, content=report))
             if now - peer.asked_at > REPEAT_EVERY:
                 self._contacts.attempt(peer, self._send_request)
 

@@ -46,7 +46,7 @@ class LateWindows:
     def ledger(self) -> Ledger:
         return self._windows.ledger
 
-    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+    def read(self, peer: int, block: int) -> list[Tensor] | None:
         """The peer's live block, or None while it is late or the windows themselves have none."""
         key, now = (peer, block), self._clock()
         if key not in self._due:

@@ -35,7 +35,7 @@ class MixedWindows:
     def _of(self, peer: int) -> SharedWindows | NixlWindows:
         return self.shared if peer in self._local else self.distant
 
-    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+    def read(self, peer: int, block: int) -> list[Tensor] | None:
         """The peer's live block, if it is on this host; else what has come of it."""
         return self._of(peer).read(peer, block)
 

@@ -134,7 +134,7 @@ class NixlWindows:
             raise
         return cls(ledger, layout, staging, courier)
 
-    def read(self, peer: int, block: int) -> Sequence[Tensor] | None:
+    def read(self, peer: int, block: int) -> list[Tensor] | None:
         """The peer's block, as it was when the peer sent it; None if it has not come."""
         slot = self.staging.take_ready(peer, block)
         if slot is None:

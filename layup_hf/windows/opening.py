@@ -51,7 +51,7 @@ def require_one_model(specifications: Sequence[Specification]) -> None:
 
 def together(action: Callable[[], _T], gather: Gather) -> _T:
     """Do `action` on every worker; if it fails on one, raise on all, so that none is left waiting."""
-    result, failure = None, None
+    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
@@ -62,4 +62,4 @@ def together(action: Callable[[], _T], gather: Gather) -> _T:
     for rank, message in enumerate(failures):
         if message is not None:
             raise RuntimeError(f"Worker {rank} could not open its windows: {message}")
-    return result  # type: ignore[return-value]
+    return result

@@ -7,11 +7,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .peers import Peer
 from .staging import Layout
 from .transport import Transport
-from .wire import Answer
+from .wire import Answer, Request
 
 
 class Serving:
@@ -48,21 +49,21 @@ class Serving:
         if wanted is None:
             return None
         if peer.write is None:
-            peer.write = self._begin(peer, now)
+            peer.write = self._begin(peer, wanted, now)
         if peer.write is None or not self._transport.is_written(peer.write):
             return None
         self._forget(peer)
         peer.wanted = None
         return Answer(wanted.number, wanted.block)
 
-    def _begin(self, peer: Peer, now: float) -> Any:
-        wanted, layout = peer.wanted, self.layout
+    def _begin(self, peer: Peer, wanted: Request, now: float) -> Any:
+        layout = self.layout
         source = layout.live_pieces(wanted.block)
         if self._buffer is not None:
             if self._holder not in (None, peer) and not self._leave_behind(self._holder, now):
                 return None
             if self._holder is None:
-                self._convert(peer)
+                self._convert(peer, wanted.block, self._buffer)
             if self._converted is not None and not self._converted.query():
                 return None
             source = layout.pieces(self._buffer.data_ptr(), wanted.block)
@@ -81,13 +82,12 @@ class Serving:
             self._transport.register([self._buffer])
         return True
 
-    def _convert(self, peer: Peer) -> None:
+    def _convert(self, peer: Peer, block: int, buffer: Tensor) -> None:
         """Put the live block into the buffer, as it is to be on its way."""
-        block = peer.wanted.block
         self._holder = peer
         with torch.no_grad():
-            torch._foreach_copy_(self.layout.views(self._buffer, block), self.layout.live(block))
-        if self._buffer.is_cuda:
+            torch._foreach_copy_(self.layout.views(buffer, block), self.layout.live(block))
+        if buffer.is_cuda:
             self._converted = torch.cuda.Event()
             self._converted.record()
 

@@ -152,7 +152,7 @@ class SharedWindows:
                 if segment is not None:
                     segment.release()
 
-    def read(self, peer: int, block: int) -> Sequence[Tensor]:
+    def read(self, peer: int, block: int) -> list[Tensor]:
         """The peer's live block: its own memory on this device, else a copy of it."""
         theirs, device = self._peers[peer][block], self._devices[block]
         if theirs[0].device == device:
