@@ -45,6 +45,14 @@ class TrainerHost:
         return options_of(self._trainer.args)
 
     @property
+    def folder(self) -> str:
+        return self._trainer.args.output_dir
+
+    @property
+    def saved_states(self) -> dict[str, Any]:
+        return self._trainer.state.stateful_callbacks
+
+    @property
     def rank(self) -> int:
         return self._trainer.args.process_index
 
@@ -69,11 +77,11 @@ class TrainerHost:
         return self._trainer.model
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
+    def optimizer(self) -> torch.optim.Optimizer:
         return self._trainer.optimizer
 
     @optimizer.setter
-    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self._trainer.optimizer = optimizer
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from accelerate.utils import gather_object
 
 from ..gossip.consensus import reach_consensus
@@ -43,5 +41,5 @@ class Agreement:
         state.is_new = False
         state.agreed_at = self.now
         exchange.masses = consensus.mass_by_worker
-        state.facts = replace(state.facts, done=tuple(done), consensus_distance=consensus.distance)
+        state.note(done=tuple(done), consensus_distance=consensus.distance)
         self._host.log(consensus.figures())

@@ -72,8 +72,9 @@ class Checkpoints:
             _publish(folder, name)
         if self._push is not None:
             self._hub.push_checkpoint(str(folder / name), self._push)
-        if args.should_save and (args.save_total_limit or 0) > 0:
-            _rotate(folder, args.save_total_limit, state.best_model_checkpoint)
+        limit = args.save_total_limit or 0
+        if args.should_save and limit > 0:
+            _rotate(folder, limit, state.best_model_checkpoint)
         self._collectives.gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
 
     def push(self, checkpoint_folder: str, stock: Callable[[str], None]) -> None:

@@ -73,9 +73,10 @@ class Eras:
         Raises:
             StoreLost: The store of the job does not answer any more.
         """
-        membership, clock = self._members.membership, self._state.clock
+        membership = self._members.membership
         if membership is None:
             return
+        clock = self._state.present_clock
         membership.check()
         if membership.is_fenced:
             self._come_back()
@@ -119,7 +120,7 @@ class Eras:
         """Form a new era of all that are left, with who has asked to join. Collective."""
         while True:
             try:
-                era = self._members.membership.assemble(admits=self._state.clock is not None)
+                era = self._members.present_membership.assemble(admits=self._state.clock is not None)
             except Fenced:
                 return self._come_back()
             if self._begins(era):
@@ -140,7 +141,7 @@ class Eras:
 
     def enter(self) -> None:
         """Become a member of the job's next era. The others are to call a meeting for that."""
-        if not self._begins(self._members.membership.apply()):
+        if not self._begins(self._members.present_membership.apply()):
             self.regroup()
 
     def _begins(self, era: Era) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -78,9 +77,7 @@ class Exchange:
         self.engine = self.make_engine(windows, sampler)
         by_mean = self.moments is not None and self.moments.has_peers
         self.masses = (1.0,) * host.world_size
-        self._state.facts = replace(
-            self._state.facts, peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean
-        )
+        self._state.note(peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean)
         logger.info(
             f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {sampler.count} offers a step; the "
             f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
@@ -125,6 +122,11 @@ class Exchange:
         for part in (self.engine, self.moments):
             if part is not None:
                 part.exclude(rank)
+
+    def resume(self) -> None:
+        """A step begins: blocks may change again."""
+        if self.engine is not None:
+            self.engine.resume()
 
     def pause(self) -> None:
         """Keep blocks as they are while the workers agree on a model.

@@ -22,8 +22,10 @@ class Host(Protocol):
     Attributes:
         name: Of the Trainer's class, for messages.
         args, model, state, control, accelerator, optimizer, lr_scheduler, callbacks: The Trainer's own. `optimizer` is
-            None before it has been made, and may be wrapped by accelerate.
+            there when training begins, and may be wrapped by accelerate.
         options: Those of LayUp among `args`.
+        folder: The output directory.
+        saved_states: What is saved with `state` for callbacks, by name; to be read and changed.
         rank, world_size: This worker's number, and how many there are now.
         is_first: Whether this worker is rank 0, which logs, saves and pushes.
         is_first_here: Whether it is the first on its machine.
@@ -46,6 +48,10 @@ class Host(Protocol):
     @property
     def options(self) -> Options: ...
     @property
+    def folder(self) -> str: ...
+    @property
+    def saved_states(self) -> dict[str, Any]: ...
+    @property
     def rank(self) -> int: ...
     @property
     def world_size(self) -> int: ...
@@ -66,7 +72,7 @@ class Host(Protocol):
     @property
     def learning_rate(self) -> float: ...
 
-    optimizer: torch.optim.Optimizer | None
+    optimizer: torch.optim.Optimizer
     state: TrainerState
     control: TrainerControl
     total_loss: Tensor

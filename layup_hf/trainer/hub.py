@@ -107,7 +107,7 @@ class HubPushes:
         args = self._host.args
         if not self._host.is_first:
             return
-        for left in Path(args.output_dir).glob(f"{_SNAPSHOT}*"):  # by a run that was killed
+        for left in Path(self._host.folder).glob(f"{_SNAPSHOT}*"):  # by a run that was killed
             hf_api().run_as_future(shutil.rmtree, left, ignore_errors=True)  # after what this process still uploads
         self._repo_options = {
             "token": args.hub_token if token is None else token,
@@ -126,11 +126,12 @@ class HubPushes:
     @property
     def _repo_name(self) -> str:
         args = self._host.args
-        return self._host.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+        return self._host.hub_model_id or args.hub_model_id or Path(self._host.folder).absolute().name
 
-    def _create_repo(self) -> None:
+    def _create_repo(self) -> str:
         repo = hf_api().create_repo(self._repo_name, exist_ok=True, **self._repo_options)
-        self._host.hub_model_id = repo.repo_id
+        self._host.hub_model_id = name = repo.repo_id
+        return name
 
     # ---- When to push ----
 
@@ -151,7 +152,9 @@ class HubPushes:
         with _uploading_by(start):
             stock(checkpoint_folder)
         if started:
-            self._host.push_in_progress.jobs.extend(self.start_missed(superseded=started))
+            push = self._host.push_in_progress
+            assert push is not None  # the Trainer's own code has just begun it
+            push.jobs = [*push.jobs, *self.start_missed(superseded=started)]  # type: ignore[misc] # it is a list
 
     def push_model(self, stock: Callable[[], CommitInfo | Future | None]) -> CommitInfo | Future | None:
         """As the Trainer's `push_to_hub`, and with what earlier pushes did not bring.
@@ -174,7 +177,7 @@ class HubPushes:
             pushed = stock()
         if self._host.is_first:
             jobs = [pushed] if isinstance(pushed, Future) else []
-            self._host.push_in_progress = PushInProgress([*jobs, *self.start_missed(superseded={""})])
+            self._host.push_in_progress = _in_progress([*jobs, *self.start_missed(superseded={""})])
             if not jobs:
                 self._host.wait_for_pushes()
         return pushed
@@ -182,7 +185,7 @@ class HubPushes:
     def bring_missing(self) -> None:
         """After training: push once more what has not arrived, unless the machine is about to be taken away."""
         if self.missed and not self._state.ends_early:
-            self._host.push_in_progress = PushInProgress(self.start_missed())
+            self._host.push_in_progress = _in_progress(self.start_missed())
             self._host.wait_for_pushes()
 
     # ---- How to push ----
@@ -191,7 +194,7 @@ class HubPushes:
         """Upload a snapshot in the background, after all others that were started before."""
         self.missed.pop(upload.place, None)
         try:
-            snapshot = upload.snapshot(self._host.args.output_dir)
+            snapshot = upload.snapshot(self._host.folder)
         except OSError as error:
             self._remember(upload, error)
             job: Future = Future()
@@ -229,9 +232,8 @@ class HubPushes:
                 raise
 
     def _send(self, upload: Upload, folder: str | Path) -> CommitInfo:
-        if self._host.hub_model_id is None:
-            self._create_repo()
-        info = hf_api().upload_folder(repo_id=self._host.hub_model_id, folder_path=folder, **upload.options)
+        repo = self._host.hub_model_id or self._create_repo()
+        info = hf_api().upload_folder(repo_id=repo, folder_path=folder, **upload.options)
         self.missed.pop(upload.place, None)
         return info
 
@@ -250,19 +252,25 @@ class HubPushes:
     def add_to_card(self) -> None:
         """Put a section about the workers into the model card, if there has been training."""
         if self._host.is_first and self._state.facts is not None:
-            card = Path(self._host.args.output_dir, "README.md")
+            card = Path(self._host.folder, "README.md")
             card.write_text(add_to_card(card.read_text(encoding="utf-8"), self._state.facts), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def _uploading_by(upload_folder: Callable[..., CommitInfo | Future]) -> Iterator[None]:
     """Let what the Trainer uploads go through this function, which gets the arguments of `HfApi.upload_folder`."""
-    original = transformers.trainer.hf_api
-    transformers.trainer.hf_api = lambda: SimpleNamespace(upload_folder=upload_folder)
+    original, api = transformers.trainer.hf_api, SimpleNamespace(upload_folder=upload_folder)
+    vars(transformers.trainer)["hf_api"] = lambda: api
     try:
         yield
     finally:
-        transformers.trainer.hf_api = original
+        vars(transformers.trainer)["hf_api"] = original
+
+
+def _in_progress(jobs: list[Future]) -> PushInProgress:
+    push = PushInProgress()
+    push.jobs = jobs
+    return push
 
 
 def _one_line(error: Exception) -> str:

@@ -96,7 +96,7 @@ class TrainingLoop:
         skip = call["steps_trained_in_current_epoch"] if is_first else 0
         for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
             if not self._fits(call["model"], update):
-                state.clock.call_meeting()
+                state.present_clock.call_meeting()
                 self._meetings.meet(lacks_memory=True)
             self._follow_clock()
             if follower.is_stopped:
@@ -151,7 +151,7 @@ class TrainingLoop:
 
     def _given_up(self, loader: SharedLoader | SharedStream, epoch: int, is_last: bool) -> Iterator[Update]:
         """What slow workers have drawn ahead and not begun. Where all are about to meet anyway, it is waited for."""
-        args, clock = self._host.args, self._state.clock
+        args, clock = self._host.args, self._state.present_clock
         waits = is_last or "epoch" in (args.eval_strategy, args.save_strategy)
         patience = _PATIENCE
         while True:
@@ -197,7 +197,7 @@ class TrainingLoop:
     def _take_step(self, model: nn.Module, update: Update) -> None:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
         host, args, accelerator = self._host, self._host.args, self._host.accelerator
-        self._exchange.engine.resume()
+        self._exchange.resume()
         if accelerator.non_blocking:
             update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = host.batches_of(update)
@@ -231,7 +231,7 @@ class TrainingLoop:
 
     def _follow_clock(self) -> None:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
-        host, clock = self._host, self._state.clock
+        host, clock = self._host, self._state.present_clock
         self._follower.advance(clock.draw() // self._members.workers, stops_at_wish=True)
         self._eras.mind_members()
         show_shares(host.callbacks.callbacks, self._exchange.ledger.done)
@@ -250,7 +250,7 @@ def _read_shard(loader: Any, epoch: int, accumulation: int, skip: int) -> Iterat
         loader = skip_first_batches(loader, skip)
     inner = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
     for part in (loader, inner):  # accelerate does not pass the epoch on to a batch sampler that it has wrapped
-        if hasattr(part, "set_epoch"):
+        if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
     batches = iter(loader)
     while update := list(itertools.islice(batches, accumulation)):

@@ -119,11 +119,11 @@ class Meetings:
         self._want(Wishes())
         self._follower.advance(max(arrival.step for arrival in arrivals))
         if host.rank == 0:
-            state.clock.answer_calls()  # all are here, and nobody leaves before the next gathering
+            state.present_clock.answer_calls()  # all are here, and nobody leaves before the next gathering
         # What the step brings concerns all now; what this worker came with may have to wait.
         come_due = self._wishes
         self._agreed = self.what_all_want(come_due if stays else Wishes.any_of([come_due, before]))
-        state.clock.forget_calls()
+        state.present_clock.forget_calls()
         self._want(self._agreed)
         state.is_acting = True
         self.act()

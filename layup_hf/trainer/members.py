@@ -64,7 +64,14 @@ class Members:
     @property
     def era(self) -> int:
         """Number of the present era; 0 without leases."""
-        return self.membership.era.number if self.membership is not None else 0
+        era = self.membership.era if self.membership is not None else None
+        return era.number if era is not None else 0
+
+    @property
+    def present_membership(self) -> Membership:
+        """This worker's; not to be asked without leases."""
+        assert self.membership is not None
+        return self.membership
 
     def may_exchange(self) -> bool:
         """Whether this worker's lease holds, if there are leases."""
@@ -172,14 +179,16 @@ class Members:
 
     def epoch_of_others(self) -> int:
         """For a worker that joins: the epoch that rank 0 is in."""
-        return int(self._job_to_join().connect().get("epoch"))
+        job = self._job_to_join()
+        assert job is not None
+        return int(job.connect().get("epoch"))
 
     def drawing_ahead(self, connect: Callable[[], Store]) -> tuple[Store, Callable[[Callable[[], int]], Ahead[int]]]:
         """What it takes to draw numbers from the store in the background: a connection, and what asks over it.
 
         For a store that is somewhere in a network: with leases.
         """
-        executor, check = ThreadPoolExecutor(1, "layup-ahead"), self.membership.check
+        executor, check = ThreadPoolExecutor(1, "layup-ahead"), self.present_membership.check
 
         def make_ahead(ask: Callable[[], int]) -> Ahead[int]:
             return Ahead(ask, executor, while_waiting=check)
@@ -188,11 +197,11 @@ class Members:
 
     def form_group(self, era: Era) -> None:
         """Be in this era, and form its process group. Collective over its members."""
-        self.membership.begin(era)
-        args = self._host.args
+        membership, args = self.present_membership, self._host.args
+        membership.begin(era)
         # The Trainer passes its time-out on with a device only; torch's own default is as long for gloo.
         timeout = timedelta(seconds=args.ddp_timeout if args.device.type != "cpu" else 1800)
-        self._group = Group(self.store, era.number, self.membership.rank, len(era.roster), timeout)
+        self._group = Group(self.store, era.number, membership.rank, len(era.roster), timeout)
         self.launched_as = PartialState().distributed_type
 
     def _break_group(self) -> None:

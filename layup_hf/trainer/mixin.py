@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.utils.hub import PushInProgress
 
 from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
@@ -20,7 +19,8 @@ from .straggler import StragglerCallback
 
 logger = logging.getLogger(__name__)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 if TYPE_CHECKING:
     _Base = Trainer  # what `super()` is in every class that this is mixed into
@@ -64,7 +64,7 @@ class LayupMixin(_Base):
     run_class: type[LayupRun] = LayupRun
     """Owns what is added to the Trainer. Another one trains by another method, see `LayupRun`."""
 
-    push_in_progress: PushInProgress | None = None  # the Trainer sets it with the first repository
+    push_in_progress = None  # the Trainer sets it with the first repository
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The place of the arguments among others differs between the Trainers.
@@ -76,7 +76,7 @@ class LayupMixin(_Base):
             super().__init__(*args, **kwargs)
         end_group_at_exit()
         check_runtime(self)
-        check_model(self.model, self.args)
+        check_model(self._layup.host.model, self.args)
         check_data(self.train_dataset, self.args)
         self.args.average_tokens_across_devices = False
         if self._layup.minds_preemption:
@@ -112,8 +112,11 @@ class LayupMixin(_Base):
         wrap = super()._wrap_model
         return self._layup.model.wrap(lambda inner: wrap(inner, training, dataloader), model, training)
 
-    def _run_epoch(self, **call: Any) -> None:
-        return super()._run_epoch(**call) if self._layup.state.clock is None else self._layup.loop.run_epoch(call)
+    def _run_epoch(self, **call: Any) -> None:  # type: ignore[override] # it is always called by name
+        if self._layup.state.clock is None:
+            super()._run_epoch(**call)
+        else:
+            self._layup.loop.run_epoch(call)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; now and then with a measurement of the gradient's bias."""
@@ -129,7 +132,8 @@ class LayupMixin(_Base):
     # ---- Data ----
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        stock = functools.partial(super()._get_dataloader, dataset, *args, is_training=is_training, **kwargs)
+        kwargs["is_training"] = is_training
+        stock = functools.partial(super()._get_dataloader, dataset, *args, **kwargs)
         return (self._layup.work.training_loader if is_training else self._layup.work.evaluation_loader)(stock)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
@@ -156,7 +160,8 @@ class LayupMixin(_Base):
 
     def store_flos(self) -> None:
         """As the Trainer's, also for a worker that has made no step since the last call."""
-        self.current_flos = float(self.current_flos)  # the Trainer's 0 is an int: another size in its collective
+        host = self._layup.host
+        host.current_flos = float(host.current_flos)  # the Trainer's 0 is an int: another size in its collective
         super().store_flos()
 
     # ---- Consensus points ----
@@ -239,7 +244,7 @@ class LayupMixin(_Base):
 
 def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
     """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
-    return functools.wraps(method)  # type: ignore[return-value]
+    return functools.wraps(method)
 
 
 class LayupTrainer(LayupMixin, Trainer):

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import ProgressCallback, TrainerCallback
 
 from ..ledger.counts import percentile
 
 
-def share_text(done: Sequence[int]) -> str:
+def share_text(done: Sequence[int] | np.ndarray) -> str:
     """Each worker's share of the steps, in the order of ranks: `51/49 %`."""
     total = max(1, sum(int(steps) for steps in done))
     return "/".join(f"{100 * int(steps) / total:.0f}" for steps in done) + " %"
 
 
-def show_shares(callbacks: Sequence[TrainerCallback], done: Sequence[int]) -> None:
+def show_shares(callbacks: Sequence[TrainerCallback], done: Sequence[int] | np.ndarray) -> None:
     """Put the shares behind the Trainer's progress bar, where there is one."""
     for callback in callbacks:
         bar = callback.training_bar if isinstance(callback, ProgressCallback) else None
@@ -25,7 +26,7 @@ def show_shares(callbacks: Sequence[TrainerCallback], done: Sequence[int]) -> No
             bar.set_postfix_str(f"shares {share_text(done)}", refresh=False)
 
 
-def summary(done: Sequence[int], staleness: Counter[int], masses: Sequence[float]) -> str:
+def summary(done: Sequence[int] | np.ndarray, staleness: Counter[int], masses: Sequence[float]) -> str:
     """One line about a whole run.
 
     Args:

@@ -108,8 +108,7 @@ class LayupRun:
         if members.membership is not None:  # the store is somewhere in a network
             connection, make_ahead = members.drawing_ahead(connect)
             clock.draw_ahead(connection, make_ahead)
-            if self.work.shared_loader is not None:
-                self.work.shared_loader.cursor.draw_ahead(connection, make_ahead)
+            self.work.draw_ahead(connection, make_ahead)
         self.loop.start(clock)
 
     # ---- While training ----
@@ -204,7 +203,7 @@ class LayupRun:
         if engine is None:
             return
         self.state.ends_early = any(gather_object([self.state.ends_early]))  # the signal may have come to one worker
-        staleness = sum(gather_object([engine.staleness]), Counter())
+        staleness: Counter[int] = sum(gather_object([engine.staleness]), Counter())
         if self.host.is_first:
             tqdm.write(report.summary(self.exchange.ledger.done, staleness, self.exchange.masses))
         self.logs.average_loss()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..progress.clock import ProgressClock
@@ -69,6 +69,17 @@ class RunState:
     ends_early: bool = False
     resumed: Resumed | None = None
     facts: RunFacts | None = None
+
+    @property
+    def present_clock(self) -> ProgressClock:
+        """The clock that this worker goes by; not to be asked where it goes by none."""
+        assert self.clock is not None
+        return self.clock
+
+    def note(self, **facts: Any) -> None:
+        """Let the model card know."""
+        if self.facts is not None:
+            self.facts = replace(self.facts, **facts)
 
     def begin(self, clock: ProgressClock, initial_epoch: float) -> None:
         """Several workers begin to train: nothing has been done in this call of `train()` yet."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..blocks import Block
 from ..blocks.bias import GradientBias
 from ..blocks.hooks import BlockHooks
+from ..gossip.engine import GossipEngine
 from ..optim.adam import is_plain_adam
 from ..optim.clipping import BlockClipper
 from ..optim.direction import Direction
@@ -81,7 +81,7 @@ class BlockSteps:
         self.clipper = BlockClipper(blocks, max_norm, device, skips_overflow=scaler is not None)
         self.direction = self._choose_direction()
         looks_ahead = self.direction is not None and self.direction.looks_ahead
-        self._state.facts = replace(self._state.facts, looks_ahead=looks_ahead)
+        self._state.note(looks_ahead=looks_ahead)
         bias_every = host.options.bias_every
         self.bias = GradientBias(host.model, bias_every) if bias_every else None
         take_block = self._taking(self.clipper if clips else None)
@@ -93,30 +93,33 @@ class BlockSteps:
             is_synchronizing=lambda: accelerator.sync_gradients,
         )
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
-        optimizer.around_step = self._directing if self.direction is not None else None
+        optimizer.around_step = self._directing(self.direction) if self.direction is not None else None
         self._model.install(self._hooks)
 
-    def _exchanges(self) -> bool:
-        """Whether anything is exchanged now: not with one worker, and not after a freeze."""
-        return self._exchange.engine is not None and self._members.may_exchange()
+    @property
+    def _engine(self) -> GossipEngine | None:
+        """What may merge and offer now: nothing with one worker, nor after a freeze, before it is known whether the
+        others do without this worker. Which engine it is changes with the workers.
+        """
+        return self._exchange.engine if self._members.may_exchange() else None
 
     def _merge(self, block: Block) -> None:
-        if self._exchanges():  # which engine it is changes with the workers
-            self._exchange.engine.merge(block)
+        if (engine := self._engine) is not None:
+            engine.merge(block)
 
     def _taking(self, clipper: BlockClipper | None) -> Callable[[Block], None]:
         """What is done with a block at its boundary."""
-        optimizer, exchange, exchanges, merge = self._model.optimizer, self._exchange, self._exchanges, self._merge
+        optimizer, exchange = self._model.optimizer, self._exchange
 
         def take_block(block: Block) -> None:
-            merge(block)
+            self._merge(block)
             if clipper is not None:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with exchange.engine.holding(block) if exchange.engine is not None else contextlib.nullcontext():
                 optimizer.step_block(block)
-                if exchanges():  # not after a freeze, before it is known whether the others do without this worker
-                    exchange.engine.offer(block)
+                if (engine := self._engine) is not None:  # asked anew: the step may have taken long
+                    engine.offer(block)
 
         return take_block
 
@@ -134,10 +137,10 @@ class BlockSteps:
 
     def _before_forward(self) -> Callable[[Block], None]:
         """What is done with a block that is about to be used."""
-        bias, merge = self.bias, self._merge
+        bias = self.bias
 
         def before_forward(block: Block) -> None:
-            merge(block)
+            self._merge(block)
             if bias is not None:
                 bias.note_forward(block)
 
@@ -154,11 +157,15 @@ class BlockSteps:
             return None
         return Direction(self._model.blocks, optimizer, looks_ahead=looks_ahead)
 
-    def _directing(self, block: Block) -> contextlib.AbstractContextManager[None]:
-        """Around the optimizer's step of a block."""
-        moments = self._exchange.moments
-        lengths = moments.lengths(block) if moments is not None else None
-        return self.direction.stepping(block, lengths)
+    def _directing(self, direction: Direction) -> Callable[[Block], contextlib.AbstractContextManager[None]]:
+        """What belongs around the optimizer's step of a block."""
+        exchange = self._exchange
+
+        def directing(block: Block) -> contextlib.AbstractContextManager[None]:
+            lengths = exchange.moments.lengths(block) if exchange.moments is not None else None
+            return direction.stepping(block, lengths)
+
+        return directing
 
     def stop(self) -> None:
         """Leave the optimizer and the model as they were. Idempotent."""

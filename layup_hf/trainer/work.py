@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..progress.ahead import Ahead
 from ..progress.cursor import Cursor, position_of_shards
 from ..progress.sharing import SharedLoader, SharedStream
 from .host import Host
@@ -51,6 +52,7 @@ class WorkSharing:
         self._train_loader: Any = None
         self._least_update = 0  # samples in the smallest step of a worker
         self._position: dict[str, Any] | None = None  # in the data, that training goes on from
+        self._cursor: Cursor | None = None  # of the shared loader, while training
 
     @property
     def goes_by_clock(self) -> bool:
@@ -119,7 +121,7 @@ class WorkSharing:
             stock: The Trainer's own.
         """
         self._train_loader, workers, course = dataloader, self._members.workers, self._state.course
-        self._position = None
+        self._position = self._cursor = None
         is_shared = self.shared_loader is not None
         if self._shares_batches and not is_shared:
             logger.warning(
@@ -140,8 +142,8 @@ class WorkSharing:
         epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps = stock()
         course.updates_per_epoch = steps_per_epoch * workers
         course.ends_with_data = args.max_steps <= 0 and float(args.num_train_epochs).is_integer()
-        if is_shared and has_length(dataloader):
-            course.updates_per_epoch = dataloader.updates_per_epoch
+        if self.shared_loader is not None and has_length(dataloader):
+            course.updates_per_epoch = self.shared_loader.updates_per_epoch
             steps_per_epoch = course.updates_per_epoch / workers
             if args.max_steps > 0:
                 epochs = math.ceil(max_steps / steps_per_epoch)
@@ -182,7 +184,7 @@ class WorkSharing:
             stock: The Trainer's own, which makes or loads its state.
         """
         begins = stock()
-        position = self._host.state.stateful_callbacks.pop(POSITION, None)
+        position = self._host.saved_states.pop(POSITION, None)
         resumed = self._state.resumed
         if self._state.is_outside:
             return self._members.epoch_of_others(), 0
@@ -239,24 +241,34 @@ class WorkSharing:
         loader, membership = self.shared_loader, self._members.membership
         if loader is None:
             return
-        plan = {"position": self._position, "most": self._least_update}
+        plan: dict[str, Any] = {"position": self._position, "most": self._least_update}
         if self._state.is_outside:
             plan = json.loads(store.get("plan"))
         elif membership is not None and self._host.rank == 0:
             store.set("plan", json.dumps(plan))
         members = membership.present if membership is not None else None
-        loader.cursor = Cursor(store, self._host.rank, self._members.workers, **plan, members=members)
+        loader.cursor = self._cursor = Cursor(store, self._host.rank, self._members.workers, **plan, members=members)
         self.name_member()
 
     def name_member(self) -> None:
         """Let the cursor know this worker as what it is a member of the job as."""
-        if self.shared_loader is not None and self._members.membership is not None:
-            self.shared_loader.cursor.name = self._members.membership.member
+        if self._cursor is not None and self._members.membership is not None:
+            self._cursor.name = self._members.membership.member
+
+    def draw_ahead(self, store: Store, make_ahead: Callable[[Callable[[], int]], Ahead[int]]) -> None:
+        """From here on, draw in the background.
+
+        Args:
+            store: Another connection to the same store, for the thread that draws.
+            make_ahead: Makes an `Ahead` for a question.
+        """
+        if self._cursor is not None:
+            self._cursor.draw_ahead(store, make_ahead)
 
     def keep_position(self) -> None:
         """Note in the Trainer's state, for a checkpoint, where in the data all workers are. Collective."""
-        loader, state = self.shared_loader, self._state
-        if loader is None:
+        loader, cursor, state = self.shared_loader, self._cursor, self._state
+        if loader is None or cursor is None:
             has_ended = state.next_epoch > state.epoch
             place = (state.next_epoch, 0) if has_ended else state.shard_place
             places, sizes = zip(*gather_object([(place, self._host.train_batch_size)]), strict=True)
@@ -264,9 +276,9 @@ class WorkSharing:
         else:
             places = gather_object([(state.next_epoch, loader.not_begun())])
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
-            not_begun = itertools.chain.from_iterable(draws for _, draws in places)
-            position = {"epoch": first, **loader.cursor.position(range(first, last + 1), not_begun)}
-        self._host.state.stateful_callbacks[POSITION] = {"workers": self._host.world_size, **position}
+            not_begun = list(itertools.chain.from_iterable(draws for _, draws in places))
+            position = {"epoch": first, **cursor.position(range(first, last + 1), not_begun)}
+        self._host.saved_states[POSITION] = {"workers": self._host.world_size, **position}
 
 
 @contextlib.contextmanager
