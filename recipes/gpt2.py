@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from corpus import load_corpus
-from curve import TimedLog, draw_curve, write_results
 from datasets import Dataset
-from model import make_config, make_model, write_sample
-from tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
-from training import in_turn, parse_options, samples_per_step, train_and_report
+from parts.corpus import load_corpus
+from parts.curve import TimedLog, draw_curve, write_results
+from parts.model import make_config, make_model, write_sample
+from parts.tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
+from parts.training import in_turn, parse_options, samples_per_step, train_and_report
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from corpus import from_hub, is_held_out, python_sources
 from datasets import Dataset
-from model import make_config, make_model, write_sample
+from parts.corpus import from_hub, is_held_out, python_sources
+from parts.model import make_config, make_model, write_sample
+from parts.tokens import VOCABULARY, cache_folder, cached_tokenizer
+from parts.training import leave_together
 from peft import LoraConfig
-from tokens import VOCABULARY, cache_folder, cached_tokenizer
-from training import leave_together
 from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 

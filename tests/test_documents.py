@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/results/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/measure/results/README.md"]
 
 
 def text_of(path):
@@ -50,6 +50,6 @@ def test_files_that_are_named_are_there():
 
 
 def test_figures_that_are_named_are_there():
-    text = text_of(ROOT / "recipes/results/README.md")
+    text = text_of(ROOT / "recipes/measure/results/README.md")
     for named in re.findall(r"`([\w-]+\.(?:json|md|log|png))`", text):
-        assert (ROOT / "recipes/results" / named).exists(), named
+        assert (ROOT / "recipes/measure/results" / named).exists(), named

@@ -1,4 +1,4 @@
-"""The recipe's modules on the path, and some real text to feed them."""
+"""The recipes and the package that they lie in on the path, and some real text to feed them."""
 
 import sys
 import sysconfig
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # `recipes.parts` and `recipes.measure`; `gpt2`, `sft` and `vision`
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 

@@ -1,0 +1,1 @@
+"""The recipes, their parts, and what measures them; a recipe itself is run by its path."""

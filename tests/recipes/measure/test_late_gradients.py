@@ -1,0 +1,98 @@
+"""What takes LayUp apart in one process: `local_adam.py` and `late_gradients.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import ROOT
+from stock import gpt2
+
+from layup_hf.ledger.mixing import UNIT
+from recipes.measure.late_gradients import Replicas, make_replicas
+
+TASK = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--vocab_size=300", "--learning_rates=1e-2",
+        "--seeds=1", "--config_overrides=n_layer=2,n_embd=16,n_head=2", "--warmup=0.25", "--at_once=1"]  # fmt: skip
+
+
+@given(workers=st.integers(2, 6), turns=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40))
+def test_replicas_keep_their_mass_and_their_mean(workers, turns):
+    start = [torch.zeros(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
+    replicas = Replicas(start, workers, begins=0)
+    for number, values in enumerate(replicas.values):
+        for value in values:
+            value += number
+    mean = [tensor.clone() for tensor in replicas.mean()]
+    for worker, merges in turns:
+        (replicas.merge if merges else replicas.offer)(worker % workers)
+        assert sum(replicas.own) + sum(replicas.offers.values()) == workers * UNIT
+        assert all(units > 0 for units in replicas.offers.values())
+    assert all(torch.allclose(*pair, rtol=1e-12) for pair in zip(replicas.mean(), mean, strict=True))
+
+
+def test_a_merge_moves_towards_the_sender_by_the_mass_that_was_offered():
+    replicas = Replicas([torch.zeros(1, dtype=torch.float64)], 2, begins=0)
+    replicas.values[0][0] += 1.0
+    replicas.offer(0)
+    assert (replicas.own, replicas.offers) == ([UNIT // 2, UNIT], {(0, 1): UNIT // 2})
+    replicas.merge(1)
+    assert float(replicas.values[1][0]) == pytest.approx(float(Fraction(1, 3)))
+    assert (replicas.own, replicas.offers) == ([UNIT // 2, UNIT + UNIT // 2], {})
+
+
+def test_the_later_a_block_comes_in_the_model_the_less_late_is_its_gradient():
+    """From 0, where forward begins, to 1, where backward ends; GPT-2's output layer is tied to its embeddings."""
+    model = gpt2()
+    blocks = make_replicas(model, 2, whole=False)
+    layer, norm, output = 3280, 32, 50 * 16
+    total = 2 * layer + norm + output
+    assert [block.begins for block in blocks] == [0, 0, layer / total, 2 * layer / total]
+    assert [len(block.parameters) for block in blocks] == [2, 12, 12, 2]
+    assert (blocks[0].read_at, blocks[0].stepped_at) == (0, 1)
+    lateness = [block.stepped_at - block.read_at for block in blocks]
+    assert lateness == pytest.approx([1 - block.begins for block in blocks])
+
+    (whole,) = make_replicas(model, 2, whole=True)
+    assert len(whole.parameters) == 28
+    assert (whole.read_at, whole.stepped_at) == (0, 1)
+
+
+def measure(name, folder, *options):
+    command = [sys.executable, "-m", f"recipes.measure.{name}", *TASK, f"--folder={folder}", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout, json.loads((folder / f"{name.replace('_', '-')}.json").read_text())
+
+
+def test_both_train_the_same(tmp_path):
+    """What one calls DDP is what the other calls the mean; the rest differs from it, and from each other."""
+    table, late = measure("late_gradients", tmp_path)
+    losses = {(run["at_once"], run["looks_ahead"]): run["loss"] for run in late}
+    assert losses.keys() == {(number, ahead) for number in (0, 1, 2) for ahead in (False, True)}
+    assert len(set(losses.values())) == 6
+    assert "| LayUp, 2 at once | yes |" in table
+
+    table, local = measure("local_adam", tmp_path)
+    by_rule = {run["rule"]: run["loss"] for run in local}
+    assert by_rule.keys() == {"mean", "local", "compared", "in time"}
+    assert len(set(by_rule.values())) == 4
+    assert by_rule["mean"] == losses[0, False]
+    assert "| compared |" in table
+
+    table, both = measure("late_gradients", tmp_path, "--whole", "--momentum", "nesterov", "--computing", "1", "2")
+    whole = {run["at_once"]: run["loss"] for run in both if run["whole"]}
+    assert whole[1] == pytest.approx(losses[1, True], rel=1e-6)  # nobody steps meanwhile, so it is the same
+    assert whole[2] != pytest.approx(losses[2, True], rel=1e-6)  # the last block is read after the other has stepped it
+    assert "| LayUp, 2 at once, the model as one block | yes |" in table
+    late = both
+
+    again, more = measure("late_gradients", tmp_path, "--seeds", "1", "2", "--computing", "0")
+    assert more[: len(late)] == late  # what has been made is not made again
+    assert [run["seed"] for run in more[len(late) :]] == [2, 2]
+    assert "(2)" in again
