@@ -148,7 +148,8 @@ def test_options_that_are_set_are_options(document):
 def test_options_of_commands_are_options(document):
     """Of the configuration, of the recipes, or of `accelerate launch`; what measures has options of its own."""
     of_launcher = {option.lstrip("-") for option in launch_command_parser()._option_string_actions}
-    of_recipes = set(re.findall(r"^    (\w+): ", text_of(ROOT / "recipes/gpt2.py"), re.MULTILINE))
+    recipes = "".join(text_of(path) for path in (ROOT / "recipes").glob("*.py"))
+    of_recipes = set(re.findall(r"^    (\w+): ", recipes, re.MULTILINE))
     for line in text_of(ROOT / document).splitlines():
         if not re.search(r"recipes\.measure|pytest|ruff", line):
             for option in re.findall(r"(?<![\w-])--([a-z]\w+)", line):
@@ -240,7 +241,7 @@ def messages_of_code():
 def test_messages_that_are_quoted_are_those_of_the_code():
     texts = messages_of_code()
     text = prose_of(ROOT / "docs/troubleshooting.md")
-    quoted = [a or b for a, b in re.findall(r"(?<!`)``(?!`)(.+?)(?<!`)``(?!`)|(?<!`)```(.+?)``(?!`)", text)]
+    quoted = re.findall(r"(?<!`)``(?!`)(.+?)(?<!`)``(?!`)", text)
     assert len(quoted) > 60
     for message in quoted:
         parts = [part.strip() for part in message.split("...") if part.strip(" :")]
