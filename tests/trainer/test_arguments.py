@@ -1,4 +1,4 @@
-"""The README's table of arguments: complete, without strangers, and true about what is refused."""
+"""The table of arguments in the documents: complete, without strangers, and true about what is refused."""
 
 import re
 from collections import Counter
@@ -12,14 +12,14 @@ from transformers import TrainingArguments
 from layup_hf.config import LayupConfig, LayupOptions
 from layup_hf.trainer.checks import _REFUSED
 
-README = Path(__file__).parents[2] / "README.md"
-HEADING = "## Every argument"
+PAGE = Path(__file__).parents[2] / "docs/training-arguments.md"
+HEADING = "# Every training argument"
 EFFECTS = {"same", "by the clock", "different", "refused"}
 
 
 def rows():
     """(names, effect, remarks) of each row of the table."""
-    lines = iter(README.read_text(encoding="utf-8").splitlines())
+    lines = iter(PAGE.read_text(encoding="utf-8").splitlines())
     assert any(line == HEADING for line in lines), f"no section {HEADING!r}"
     table = []
     for line in lines:
