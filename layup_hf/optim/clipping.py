@@ -39,7 +39,7 @@ class BlockClipper:
         is_double = any(parameter.dtype == torch.float64 for block in blocks for parameter in block.parameters)
         dtype = torch.float64 if is_double else torch.float32
         # Of this step as far as it has come, else of the last.
-        self._norms = torch.zeros(len(blocks), dtype=dtype, device=device)
+        self.norms = torch.zeros(len(blocks), dtype=dtype, device=device)
         self._last = torch.zeros(len(blocks), dtype=dtype, device=device)
         # Of the completed blocks now and in the last step; of the others.
         self._squares = torch.zeros(3, dtype=dtype, device=device)
@@ -49,10 +49,10 @@ class BlockClipper:
         """Scale the gradients of `block`, which must be complete, by `min(1, max_norm / estimate)`."""
         if self._completed == 0:
             # A norm that is not finite tells nothing about the next step, which it would take away from the others.
-            self._last.copy_(torch.where(torch.isfinite(self._norms.square()), self._norms, 0.0))
+            self._last.copy_(torch.where(torch.isfinite(self.norms.square()), self.norms, 0.0))
             self._squares.zero_()
             self._squares[2] = self._last.square().sum()
-        self._completed = (self._completed + 1) % len(self._norms)
+        self._completed = (self._completed + 1) % len(self.norms)
         gradients = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
         last = self._last[block.index]
         norm = torch.zeros_like(last)
@@ -61,7 +61,7 @@ class BlockClipper:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, last.dtype)))
             if self._skips_overflow:
                 norm = torch.where(torch.isfinite(norm), norm, last)
-        self._norms[block.index] = norm
+        self.norms[block.index] = norm
         self._squares += torch.stack([norm.square(), last.square(), -last.square()])
         if gradients and self._max_norm > 0:
             torch._foreach_mul_(gradients, (self._max_norm / (self._estimate() + 1e-6)).clamp(max=1.0))
@@ -73,4 +73,4 @@ class BlockClipper:
 
     def total_norm(self) -> Tensor:
         """Norm over all blocks, each with its latest figure; after backward, the exact norm before clipping. Scalar."""
-        return torch.linalg.vector_norm(self._norms)
+        return torch.linalg.vector_norm(self.norms)

@@ -46,7 +46,7 @@ class BlockwiseModel:
         if not training:
             return model
         if self._made_optimizer is None:  # here it has been made, by whichever subclass, and not been used by anything
-            self.blocks = split_into_blocks(self._host.model)
+            self.blocks = self.split(self._host.model)
             self._host.optimizer = BlockOptimizer(self._host.optimizer, self.blocks)
         with nothing_compiled(accelerator):
             # `evaluation_mode` leaves out the DDP wrapper alone; autocast stays, and the placement on a device. But the
@@ -54,6 +54,10 @@ class BlockwiseModel:
             # than those which its block exchanges.
             moves = accelerator.device_placement and self._host.args.device.type != "cpu"
             return accelerator.prepare_model(model, device_placement=moves, evaluation_mode=True)
+
+    def split(self, model: nn.Module) -> list[Block]:
+        """The blocks of a model."""
+        return split_into_blocks(model)
 
     @property
     def _made_optimizer(self) -> BlockOptimizer | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
 
+from ..blocks import Block
 from ..gossip.arrival import ArrivalEngine
 from ..gossip.engine import GossipEngine
 from ..gossip.moments import MeanMoments
@@ -60,7 +62,7 @@ class Exchange:
         host, options, blocks = self._host, self._host.options, self._model.blocks
         windows = open_windows(
             options.windows,
-            blocks,
+            self.shown(blocks),
             host.rank,
             _gather,
             token=self._members.token,
@@ -74,7 +76,7 @@ class Exchange:
         sampler = PeerSampler(host.rank, host.world_size, options.peers_per_step, host.args.seed, windows.ledger.remote)
         self._share_moments(windows.ledger)
         # Last: whoever has to begin again, as a worker is gone, has none.
-        self.engine = self.make_engine(windows, sampler)
+        self.engine = self.make_engine(blocks, windows, sampler)
         by_mean = self.moments is not None and self.moments.has_peers
         self.masses = (1.0,) * host.world_size
         self._state.note(peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean)
@@ -101,9 +103,13 @@ class Exchange:
                 "same, or leave `second_moment` at 'auto'."
             )
 
-    def make_engine(self, windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
+    def shown(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        """What peers see of this worker's blocks: the blocks themselves, live."""
+        return blocks
+
+    def make_engine(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""
-        blocks, options = self._model.blocks, self._host.options
+        options = self._host.options
         if options.merge_at == "arrival":
             may_exchange = self._members.may_exchange
             return ArrivalEngine(blocks, windows, sampler, offer_every=options.offer_every, may_exchange=may_exchange)

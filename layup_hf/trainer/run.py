@@ -52,6 +52,7 @@ class LayupRun:
 
     model_class: type[BlockwiseModel] = BlockwiseModel
     exchange_class: type[Exchange] = Exchange
+    work_class: type[WorkSharing] = WorkSharing
 
     def __init__(self, host: Host, args: TrainingArguments | None) -> None:
         self.host = host
@@ -61,7 +62,7 @@ class LayupRun:
         self.collectives = collectives = Collectives(host, state, members)
         self.hub = HubPushes(host, state)
         self.checkpoints = Checkpoints(host, state, collectives, self.hub)
-        self.work = WorkSharing(host, state, members)
+        self.work = self.work_class(host, state, members)
         self.model = model = self.model_class(host)
         self.exchange = exchange = self.exchange_class(host, state, members, model)
         self.steps = BlockSteps(host, state, members, model, exchange)

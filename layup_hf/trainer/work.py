@@ -62,7 +62,8 @@ class WorkSharing:
         return self._members.workers > 1 or not was_alone
 
     @property
-    def _shares_batches(self) -> bool:
+    def shares_batches(self) -> bool:
+        """Whether all draw from one order of each epoch."""
         return self.goes_by_clock and self._host.options.shared_batches
 
     @property
@@ -86,7 +87,7 @@ class WorkSharing:
         host, args = self._host, self._host.args
         if not self.goes_by_clock:
             return stock()
-        if not self._shares_batches:
+        if not self.shares_batches:
             with _nothing_dispatched(host.accelerator):
                 return stock()
         with _nothing_prepared(host.accelerator):
@@ -123,7 +124,7 @@ class WorkSharing:
         self._train_loader, workers, course = dataloader, self._members.workers, self._state.course
         self._position = self._cursor = None
         is_shared = self.shared_loader is not None
-        if self._shares_batches and not is_shared:
+        if self.shares_batches and not is_shared:
             logger.warning(
                 f"{self._host.name} makes its own training loader, so batches are not shared: every worker keeps "
                 "its shard, and a slow worker's shard takes longer. Override `_get_train_sampler` instead of "

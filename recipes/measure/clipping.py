@@ -55,7 +55,7 @@ class SpikedTrainer(LayupTrainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        self.block_norms.append(self._clipper._norms.tolist())
+        self.block_norms.append(self.layup.steps.clipper.norms.tolist())
         return norm
 
 

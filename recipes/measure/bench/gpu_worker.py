@@ -84,7 +84,7 @@ def main() -> None:
         "rank": state.process_index,
         "digest": sum(float(parameter.detach().double().sum()) for parameter in trainer.model.parameters()),
         "mass": next(entry["layup/mass"] for entry in trainer.state.log_history[::-1] if "layup/mass" in entry),
-        "merges": trainer.counts["merges"],
+        "merges": trainer.layup.counts["merges"],
         "profiled": PROFILED,
         "waits": watch.waits(),
     }

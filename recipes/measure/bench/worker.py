@@ -30,21 +30,16 @@ class MeetingTrainer(LayupTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds: dict[str, list[float]] = {}
+        run = self.layup
+        ask, agree = run.meetings.what_all_want, run.agreement.agree
+        run.meetings.what_all_want = lambda own: self._timed("agreeing", lambda: ask(own))
+        run.agreement.agree = lambda: self._timed("consensus", agree) if run.state.is_acting else agree()
 
     def _timed(self, name: str, function: Callable[[], Any]) -> Any:
         begin = time.perf_counter()
         value = function()
         self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
         return value
-
-    def _what_all_want(self, own: Any) -> Any:
-        return self._timed("agreeing", lambda: super(MeetingTrainer, self)._what_all_want(own))
-
-    def _reach_consensus(self, purpose: str) -> None:
-        if self._is_acting and self._agreed_at != self._steps_of_all:
-            self._timed("consensus", lambda: super(MeetingTrainer, self)._reach_consensus(purpose))
-        else:
-            super()._reach_consensus(purpose)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         return self._timed("evaluation", lambda: super(MeetingTrainer, self).evaluation_loop(*args, **kwargs))

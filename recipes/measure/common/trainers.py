@@ -3,23 +3,43 @@
 from transformers import Trainer
 
 from layup_hf import LayupTrainer
+from layup_hf.trainer.run import LayupRun
+from layup_hf.trainer.work import WorkSharing
+
+
+class OwnShards(WorkSharing):
+    """Every worker keeps the shard that the Trainer gives it."""
+
+    shares_batches = False
+
+
+class AloneRun(LayupRun):
+    """Exchanges nothing, and goes by no clock."""
+
+    work_class = OwnShards
+
+    def start_gossip(self) -> None:
+        pass
 
 
 class AloneTrainer(LayupTrainer):
     """Every worker for itself, with the Trainer's loop: what LayUp would be if communication cost nothing."""
 
-    _shares_batches = False
+    run_class = AloneRun
 
-    def _start_gossip(self) -> None:
-        pass
+
+class CountingRun(LayupRun):
+    """Keeps what the engine has counted: `counts` and `staleness`, as of `GossipEngine`."""
+
+    def conclude(self) -> None:
+        self.counts, self.staleness = self.exchange.engine.counts.copy(), self.exchange.engine.staleness.copy()
+        super().conclude()
 
 
 class CountingTrainer(LayupTrainer):
-    """Keeps what the engine has counted: `counts` and `staleness`, as of `GossipEngine`."""
+    """LayUp; what has been counted is in its `layup`: see `CountingRun`."""
 
-    def _conclude(self) -> None:
-        self.counts, self.staleness = self._engine.counts.copy(), self._engine.staleness.copy()
-        super()._conclude()
+    run_class = CountingRun
 
 
 METHODS = {"layup": LayupTrainer, "ddp": Trainer, "alone": AloneTrainer}

@@ -1,6 +1,6 @@
 """Gossip of whole models, as variations of LayUp's own engine: what differs is written here, and nothing else.
 
-The whole model is one block, so a worker steps, offers and merges it as one; see `WholeModelTrainer`.
+The whole model is one block, so a worker steps, offers and merges it as one; see `WholeModelRun`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from layup_hf import LayupTrainer
 from layup_hf.blocks import Block
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.gossip.topology import PeerSampler
-from layup_hf.optim.optimizer import BlockOptimizer
+from layup_hf.trainer.blockwise import BlockwiseModel
+from layup_hf.trainer.exchange import Exchange
+from layup_hf.trainer.run import LayupRun
+from layup_hf.windows import PeerWindows
 
 
 class WholeModelEngine(GossipEngine):
@@ -52,8 +55,8 @@ class SnapshotEngine(WholeModelEngine):
         return units / (own + units)  # what was sent is no longer the sender's
 
     def offer(self, block: Block) -> None:
-        if self._ledger.eligible(block.index):
-            torch._foreach_copy_(self._copies[block.index], self._mine[block.index])
+        if self.ledger.eligible(block.index):
+            torch._foreach_copy_(self._copies[block.index], self.mine[block.index])
         super().offer(block)
 
 
@@ -69,23 +72,50 @@ class EqualEngine(WholeModelEngine):
         return 1
 
 
-class WholeModelTrainer(LayupTrainer):
+class WholeModel(BlockwiseModel):
+    """The whole model as one block."""
+
+    def split(self, model: nn.Module) -> list[Block]:
+        return [one_block(super().split(model), model)]
+
+
+class WholeModelRun(LayupRun):
     """LayUp with the whole model as one block. To be used with `clip="exact"`, so that the model steps when backward
     has ended, and with `peers_per_step=1`.
 
     Evaluated as LayUp is: at consensus points, on the mean of all workers by mass, which all then go on from.
     """
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        is_new = training and self._block_optimizer is None
-        model = super()._wrap_model(model, training, dataloader)
-        if is_new:
-            self._blocks = [one_block(self._blocks, self.model)]
-            self.optimizer = BlockOptimizer(self._block_optimizer.inner, self._blocks)
-        return model
+    model_class = WholeModel
 
 
-class GoSgdTrainer(WholeModelTrainer):
+class SnapshotExchange(Exchange):
+    """Peers see copies of the blocks."""
+
+    def shown(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        self.copies = [copy_of(block) for block in blocks]
+        return self.copies
+
+    def make_engine(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
+        return SnapshotEngine(blocks, windows, sampler, copies=self.copies)
+
+
+class EqualExchange(Exchange):
+    """Peers see the blocks themselves, and merge by half."""
+
+    def make_engine(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
+        return EqualEngine(blocks, windows, sampler)
+
+
+class GoSgdRun(WholeModelRun):
+    exchange_class = SnapshotExchange
+
+
+class AdPsgdRun(WholeModelRun):
+    exchange_class = EqualExchange
+
+
+class GoSgdTrainer(LayupTrainer):
     """GoSGD (Blot et al., arXiv 1611.09726): after a step a worker sends its model as it is, with half of its weight,
     to a random peer; the peer merges it by the two weights before its next step.
 
@@ -95,16 +125,10 @@ class GoSgdTrainer(WholeModelTrainer):
     on the way counts with its sender's present model.
     """
 
-    def _open_exchange(self) -> None:
-        self._live, self._blocks = self._blocks, [copy_of(block) for block in self._blocks]
-        super()._open_exchange()  # peers see the copies
-
-    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
-        copies, self._blocks = self._blocks, self._live
-        return SnapshotEngine(self._blocks, self._windows, sampler, copies=copies)
+    run_class = GoSgdRun
 
 
-class AdPsgdTrainer(WholeModelTrainer):
+class AdPsgdTrainer(LayupTrainer):
     """AD-PSGD (Lian et al., arXiv 1710.06952): in every step a worker averages its model with that of a random peer.
 
     Not as there: the optimizer is AdamW; averaging is not one atomic act of both, which needs locks and a graph without
@@ -112,8 +136,7 @@ class AdPsgdTrainer(WholeModelTrainer):
     has chosen it; and the gradient is taken after averaging, not at the weights before.
     """
 
-    def _make_engine(self, sampler: PeerSampler) -> GossipEngine:
-        return EqualEngine(self._blocks, self._windows, sampler)
+    run_class = AdPsgdRun
 
 
 def one_block(blocks: Sequence[Block], model: nn.Module) -> Block:
