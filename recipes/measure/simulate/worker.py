@@ -130,7 +130,7 @@ def main() -> None:
             {
                 "rank": state.process_index,
                 "times": [*watch.begun, watch.ended],
-                "staleness": sorted(trainer.staleness.items()),
+                "staleness": sorted(trainer.layup.staleness.items()),
                 "consensus_distance": logged["layup/consensus_distance"],
                 "mass": logged["layup/mass"],
             }
