@@ -1,9 +1,13 @@
 """Layer-wise gossip training (LayUp) for Hugging Face Transformers."""
 
-from .config import LayupConfig, LayupOptions
-from .trainer.mixin import LayupMixin, LayupTrainer
-from .trainer.straggler import StragglerCallback
-from .windows.straggler import StragglerConfig
+from .trainer.seams import check_seams
+
+check_seams()  # before anything imports what an unknown version may lack
+
+from .config import LayupConfig, LayupOptions  # noqa: E402
+from .trainer.mixin import LayupMixin, LayupTrainer  # noqa: E402
+from .trainer.straggler import StragglerCallback  # noqa: E402
+from .windows.straggler import StragglerConfig  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
     # Below 1 these are shares of all steps, so they hold for any length of run. A worker's own small batch makes its
-    # first steps noisy: warming up over half of so short a run is what lets the rate be high (see the README).
+    # first steps noisy: warming up over half of so short a run is what lets the rate be high (see `docs/tuning.md`).
     "warmup_steps": 0.5,
     "logging_steps": 0.02,
     "eval_steps": 0.125,

@@ -93,7 +93,8 @@ def test_files_that_are_named_are_there(document):
     for named in re.findall(r"`([\w/]+\.py)`", prose_of(ROOT / document)):
         if named == "my_script.py":
             continue
-        assert (ROOT / named).is_file() if "/" in named else named in names, named
+        is_there = any((ROOT / folder / named).is_file() for folder in ("", "layup_hf"))  # as in docs/architecture.md
+        assert is_there if "/" in named else named in names, named
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -148,7 +149,7 @@ def test_options_that_are_set_are_options(document):
 def test_options_of_commands_are_options(document):
     """Of the configuration, of the recipes, or of `accelerate launch`; what measures has options of its own."""
     of_launcher = {option.lstrip("-") for option in launch_command_parser()._option_string_actions}
-    recipes = "".join(text_of(path) for path in (ROOT / "recipes").glob("*.py"))
+    recipes = "".join(text_of(path) for folder in ("", "parts") for path in (ROOT / "recipes" / folder).glob("*.py"))
     of_recipes = set(re.findall(r"^    (\w+): ", recipes, re.MULTILINE))
     for line in text_of(ROOT / document).splitlines():
         if not re.search(r"recipes\.measure|pytest|ruff", line):

@@ -15,7 +15,8 @@ def neighbours(rank: int, world_size: int, remote: Iterable[int] = ()) -> set[in
     Reads on one host are cheap. A link carries what it can, however many offers wait for it; mass that waits mixes
     nothing, and each of many that share it is little when it comes. So over a network few are offered to, by a graph in
     which information comes from anyone to anyone in at most log2(world_size) exchanges (the exponential graph of
-    Assran et al., arXiv 1811.10792). "Which settings" in the README has what that makes of the consensus distance.
+    Assran et al., arXiv 1811.10792). "Which settings" in `docs/tuning.md` has what that makes of the consensus
+    distance.
 
     Args:
         rank: This worker.

@@ -18,7 +18,7 @@ class BlockClipper:
     Blocks that this backward has completed count with their norm now. The others count with their norm of the last
     step, times what the completed ones have grown by since: a spike is seen in the first blocks that backward comes to,
     and when it is over, the others no longer count with it. In the first step only the completed blocks count. The
-    figures that speak for this rule are in the README.
+    figures that speak for this rule are in `docs/clipping.md`.
 
     With `max_norm = 0` gradients are left as they are, and only measured. Everything stays on the device: no
     synchronisation.

@@ -297,7 +297,7 @@ def _nothing_kept(accelerator: Accelerator) -> Iterator[None]:
     """Let `accelerator` forget the loaders that it prepares: each evaluation has a new one, and it would keep them all.
 
     They are small, but each lies behind the large buffers of its evaluation, which the heap then cannot fill again: a
-    worker grew by 0.2 MiB with each evaluation (`recipes/hosts.py soak`).
+    worker grew by 0.2 MiB with each evaluation (`recipes/measure/hosts`: soak).
     """
     known = len(accelerator._dataloaders)
     try:

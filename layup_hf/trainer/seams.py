@@ -1,0 +1,185 @@
+"""What the package uses of its libraries that is not a stable interface, and since which version it has this form.
+
+Checked when the package is imported, so that a version which lacks something is named at once, and not by an
+`AttributeError` in the middle of a run. `CONTRIBUTING.md` says how to add a version.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+WORKING = {"transformers": ">=5.23,<5.24", "accelerate": ">=1.15,<2", "torch": ">=2.13,<3"}
+"""The versions that work, as in `pyproject.toml`."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A member that is overridden, called, read or set.
+
+    Attributes:
+        owner: Where it is: a class, or a module.
+        member: Its name.
+        since: The first version of the library that has it in this form.
+        parameters: Of those that it takes, the ones that are relied on.
+        is_optional: The package does without where it is missing.
+        is_set: An attribute that only instances have: looked for in the code of their class.
+    """
+
+    owner: str
+    member: str
+    since: str
+    parameters: tuple[str, ...] = ()
+    is_optional: bool = False
+    is_set: bool = False
+
+    @property
+    def library(self) -> str:
+        return self.owner.partition(".")[0]
+
+    def fault(self) -> str | None:
+        """What is wrong with it in the installed version; None if nothing is."""
+        try:
+            owner = _resolve(self.owner)
+        except (ImportError, AttributeError):
+            return f"{self.owner} is missing"
+        member = inspect.getattr_static(owner, self.member, None)
+        if member is None:
+            is_there = self.is_optional or (self.is_set and self.member in _names_in(owner))
+            return None if is_there else f"{self._name} is missing"
+        known = _parameters_of(member) if self.parameters else set()
+        lacking = [name for name in self.parameters if name not in known]
+        return f"{self._name} takes no {', '.join(map(repr, lacking))}" if lacking else None
+
+    @property
+    def _name(self) -> str:
+        return f"{self.owner}.{self.member}"
+
+
+def _of(
+    owner: str, since: str, *members: str | tuple[str, ...], is_optional: bool = False, is_set: bool = False
+) -> Iterator[Seam]:
+    """Several members of one owner that came at once: names, or a name with the parameters that are relied on."""
+    for member in members:
+        name, *parameters = (member,) if isinstance(member, str) else member
+        yield Seam(owner, name, since, tuple(parameters), is_optional, is_set)
+
+
+_TRAINER = "transformers.trainer.Trainer"
+
+SEAMS = (
+    # ---- Methods of the Trainer that LayupMixin overrides ----
+    *_of(
+        _TRAINER,
+        "5.3",
+        ("_clip_grad_norm", "model"),
+        ("_finalize_training", "trial"),
+        ("_get_grad_norm", "model", "grad_norm"),
+        ("_init_training_state", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+        "_prepare_for_training",
+        (
+            *("_run_epoch", "model", "epoch", "train_dataloader", "trial", "ignore_keys_for_eval", "start_time"),
+            *("resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch"),
+        ),
+        ("_track_num_input_tokens", "inputs"),
+        ("set_initial_training_values", "args", "dataloader"),
+    ),
+    *_of(_TRAINER, "5.23", ("init_hf_repo", "token", "private")),
+    *_of(
+        _TRAINER,
+        "5.0",
+        ("_get_dataloader", "dataset", "is_training"),
+        ("_get_output_dir", "trial"),
+        ("_inner_training_loop", "batch_size", "resume_from_checkpoint", "trial"),
+        ("_load_from_checkpoint", "resume_from_checkpoint"),
+        ("_load_optimizer_and_scheduler", "checkpoint"),
+        ("_load_rng_state", "checkpoint"),
+        (
+            *("_maybe_log_save_evaluate", "tr_loss", "grad_norm", "model", "trial", "epoch"),
+            *("ignore_keys_for_eval", "start_time", "learning_rate"),
+        ),
+        ("_push_from_checkpoint", "checkpoint_folder"),
+        ("_save_checkpoint", "model", "trial"),
+        ("_save_optimizer_and_scheduler", "output_dir"),
+        ("_wrap_model", "model", "training", "dataloader"),
+    ),
+    # ---- What TrainerHost reads, sets and calls ----
+    *_of(_TRAINER, "5.19", "_initial_global_step", is_set=True),
+    *_of(_TRAINER, "5.3", "_initial_num_input_tokens_seen", "_tr_loss", is_set=True),
+    *_of(_TRAINER, "5.0", "_globalstep_last_logged", "_total_loss_scalar", "_train_batch_size", is_set=True),
+    *_of(_TRAINER, "5.2", "_get_learning_rate"),
+    *_of(_TRAINER, "5.0", "_finish_current_push", "_prepare_inputs"),
+    *_of(_TRAINER, "5.0", "_eval_dataloaders", is_optional=True),
+    # ---- Elsewhere in transformers ----
+    *_of("transformers.trainer", "5.10", "hf_api"),  # replaced while the Trainer uploads
+    *_of("transformers.utils.hub", "5.10", "hf_api"),
+    *_of("transformers.utils.hub", "5.0", "PushInProgress"),
+    *_of("transformers.optimization", "5.4", "GreedyLR"),
+    *_of("transformers.trainer_utils", "5.2", "sort_checkpoints"),
+    # ---- accelerate ----
+    *_of("accelerate.Accelerator", "1.3", ("unwrap_model", "keep_torch_compile")),
+    *_of("accelerate.Accelerator", "1.1", ("prepare_model", "device_placement", "evaluation_mode")),
+    *_of("accelerate.Accelerator", "1.1", "_dataloaders", is_set=True),
+    *_of("accelerate.state.AcceleratorState", "1.1", "_shared_state"),
+    *_of("accelerate.state.GradientState", "1.1", "_set_sync_gradients"),
+    *_of("accelerate.state.PartialState", "1.1", "use_distributed"),
+    # ---- torch ----
+    *_of("torch.distributed.distributed_c10d", "2.6", "_abort_process_group", "_set_pg_timeout"),
+    *_of("torch.distributed", "2.6", "DistError"),
+    *_of("torch.nn.modules.batchnorm", "2.6", "_NormBase"),
+    *_of("torch.optim.Optimizer", "2.6", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", is_set=True),
+    *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_set=True),
+    *_of(
+        *("torch", "2.6", "_foreach_addcmul_", "_foreach_clamp_max_", "_foreach_clamp_min_", "_foreach_copy_"),
+        *("_foreach_div", "_foreach_div_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_"),
+        *("_foreach_norm", "_foreach_sub_"),
+    ),
+)
+
+
+def check_seams() -> None:
+    """Make sure that the installed libraries have all of it.
+
+    Raises:
+        ImportError: One lacks something; naming it, the installed version, and the versions that work.
+    """
+    for seam in SEAMS:
+        fault = seam.fault()
+        if fault is not None:
+            installed, works = importlib.metadata.version(seam.library), seam.library + WORKING[seam.library]
+            raise ImportError(
+                f"layup_hf does not work with {seam.library} {installed}: {fault}, which is needed as it is since "
+                f"{seam.library} {seam.since}. Versions that work: {works}. Run: pip install '{works}'"
+            )
+
+
+def _resolve(path: str) -> Any:
+    """A module, or a class in one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        module, _, name = path.rpartition(".")
+        if error.name != path or not module:
+            raise
+        return getattr(importlib.import_module(module), name)
+
+
+def _parameters_of(member: Any) -> set[str]:
+    function = getattr(member, "__func__", member)  # of a static or class method
+    return set(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+@functools.cache
+def _names_in(owner: Any) -> frozenset[str]:
+    """All names of attributes in the code of a class and of those that it inherits from."""
+    names: set[str] = set()
+    for cls in owner.__mro__:
+        for value in vars(cls).values():
+            code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
+            names.update(code.co_names if code is not None else ())
+    return frozenset(names)
