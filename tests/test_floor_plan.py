@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from layup_hf import LayupMixin
 from layup_hf.trainer.seams import SEAMS
 
 ROOT = Path(__file__).parents[1]
@@ -357,3 +358,17 @@ def test_what_is_ones_own_may_be_read():
 )
 def test_what_is_anothers_may_not(text, name):
     assert read_by(text) == [name]
+
+
+# ---- The mixin ----
+
+
+def test_the_mixin_forwards_and_keeps_one_attribute(package):
+    """No state is shared through `self`: nothing is inherited from but the Trainer, and one private name is set."""
+    (mixin,) = (node for node in package["layup_hf.trainer.mixin"][1].body if getattr(node, "name", "") == "LayupMixin")
+    assert LayupMixin.__bases__ == (object,)
+    touched = members(package["layup_hf.trainer.mixin"][1])
+    kept = {name for kind, method, owner, name, _, _ in touched if kind is mixin and is_self(owner, method)}
+    assert kept == {"_layup"}
+    longest = max(node.end_lineno - node.lineno for node in mixin.body if isinstance(node, ast.FunctionDef))
+    assert longest <= 25, "a method of the mixin only hands on"

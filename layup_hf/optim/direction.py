@@ -23,7 +23,8 @@ class Direction:
     (Ajanthan et al., arXiv 2505.01099, for pipelines). With l = 1 - beta1, this is Nesterov's momentum as in NAdam
     (Dozat, ICLR 2016 workshop). On a quadratic of curvature h, with gradients that are one step late and a beta1 of
     0.9, rates up to 2.5 / h are then stable instead of 1 / h. What it gains is in `recipes/measure/results/`. With
-    `l = (1 - beta1) (1 - beta1^t)` the first steps, in which a running mean that began at zero is small, are AdamW's own.
+    `l = (1 - beta1) (1 - beta1^t)` the first steps, in which a running mean that began at zero is small, are AdamW's
+    own.
 
     *Lengths* (c): see `MeanMoments`.
 

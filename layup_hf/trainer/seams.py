@@ -44,10 +44,9 @@ class Seam:
 
     def fault(self) -> str | None:
         """What is wrong with it in the installed version; None if nothing is."""
-        try:
-            owner = _resolve(self.owner)
-        except (ImportError, AttributeError):
-            return f"{self.owner} is missing"
+        owner = _resolve(self.owner)
+        if owner is None:
+            return None if self.is_optional else f"{self.owner} is missing"
         member = inspect.getattr_static(owner, self.member, None)
         if member is None:
             is_there = self.is_optional or (self.is_set and self.member in _names_in(owner))
@@ -89,7 +88,7 @@ SEAMS = (
         ("_track_num_input_tokens", "inputs"),
         ("set_initial_training_values", "args", "dataloader"),
     ),
-    *_of(_TRAINER, "5.23", ("init_hf_repo", "token", "private")),
+    *_of(_TRAINER, "5.0", "init_hf_repo"),
     *_of(
         _TRAINER,
         "5.0",
@@ -159,14 +158,15 @@ def check_seams() -> None:
 
 
 def _resolve(path: str) -> Any:
-    """A module, or a class in one."""
+    """A module, or a class in one; None if there is none. What else an import finds wrong is not hidden."""
+    module, _, name = path.rpartition(".")
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
-        module, _, name = path.rpartition(".")
-        if error.name != path or not module:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}.") or not module:
             raise
-        return getattr(importlib.import_module(module), name)
+    parent = _resolve(module)
+    return getattr(parent, name, None) if parent is not None else None
 
 
 def _parameters_of(member: Any) -> set[str]:
