@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
 from .checks import check_data, check_model, check_options, check_runtime, check_search
+from .overrides import gather_for_overrides
 from .resumed import readable
 from .run import LayupRun
 from .straggler import StragglerCallback
@@ -65,6 +66,10 @@ class LayupMixin(_Base):
     """Owns what is added to the Trainer. Another one trains by another method, see `LayupRun`."""
 
     push_in_progress = None  # the Trainer sets it with the first repository
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        gather_for_overrides(cls, LayupMixin)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The place of the arguments among others differs between the Trainers.
@@ -156,6 +161,7 @@ class LayupMixin(_Base):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
         self._layup.logs.log_if_due(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
+        self._layup.points.reach_if_wanted()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def store_flos(self) -> None:
@@ -175,6 +181,12 @@ class LayupMixin(_Base):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
         return self._layup.points.with_all("predict()", functools.partial(super().predict, *args, **kwargs))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, on the consensus model; during training a consensus point, so call it on every rank."""
+        return self._layup.points.with_all(
+            "evaluation_loop()", functools.partial(super().evaluation_loop, *args, **kwargs)
+        )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Write the consensus model on rank 0; during training a consensus point, so call it on every rank."""

@@ -9,6 +9,7 @@ from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
 from .exchange import Exchange
+from .host import Host
 from .logs import Logs
 from .meetings import Meetings
 from .state import RunState
@@ -21,6 +22,7 @@ class ConsensusPoints:
 
     def __init__(
         self,
+        host: Host,
         state: RunState,
         collectives: Collectives,
         exchange: Exchange,
@@ -29,20 +31,29 @@ class ConsensusPoints:
         eras: Eras,
         meetings: Meetings,
     ) -> None:
-        self._state, self._collectives, self._exchange, self._logs = state, collectives, exchange, logs
-        self._agreement, self._eras, self._meetings = agreement, eras, meetings
+        self._host, self._state, self._collectives, self._exchange = host, state, collectives, exchange
+        self._logs, self._agreement, self._eras, self._meetings = logs, agreement, eras, meetings
+        self._is_inside = False  # all workers are together, and have one model
 
     def with_all(self, purpose: str, action: Callable[[], T]) -> T:
         """Do what needs all workers, on the consensus model; with those who are left, if some go meanwhile.
+
+        What is done within it, an evaluation for a checkpoint say, finds the model that all have agreed on.
 
         Args:
             purpose: What it is for; the same on all workers.
             action: What is to be done.
         """
+        if self._is_inside:
+            return action()
 
         def act() -> T:
             self.reach(purpose)
-            return action()
+            self._is_inside = True
+            try:
+                return action()
+            finally:
+                self._is_inside = False
 
         with self._collectives.together():
             return act() if self._state.is_acting else self._eras.enduring(act)  # a meeting begins again itself
@@ -67,6 +78,15 @@ class ConsensusPoints:
             )
         if not self._state.is_acting:
             self._meetings.meet(has_ended=True, purpose=purpose)
+        self._agree()
+
+    def reach_if_wanted(self) -> None:
+        """In a meeting, before the Trainer evaluates and saves: whatever does that then finds one model. Collective."""
+        control = self._host.control
+        if self._state.is_acting and (control.should_evaluate or control.should_save):
+            self._agree()
+
+    def _agree(self) -> None:
         self._logs.sum_tokens()
         if not self._agreement.holds:  # an evaluation and a save after the same step share one consensus point
             self._agreement.agree()
