@@ -50,7 +50,7 @@ REFUSED = {
         {"wire_dtype": "bf16", "windows": "shared"},
         "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'",
     ),
-    "merge_at='once'": ({"merge_at": "once"}, "use 'boundary' or 'arrival'"),
+    "merge_at='once'": ({"merge_at": "once"}, "use 'boundary', 'backward' or 'arrival'"),
     "second_moment='theirs'": ({"second_moment": "theirs"}, "use 'auto', 'mean' or 'own'"),
     "`second_moment='mean'` and `windows='nixl'`": (
         {"second_moment": "mean", "windows": "nixl"},

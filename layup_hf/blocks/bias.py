@@ -58,15 +58,19 @@ class GradientBias:
     def note_forward(self, block: Block) -> None:
         """The block is about to be used."""
         if self._records:
-            for parameter in block.parameters:
-                self._used[self._names[id(parameter)]] = parameter.detach().clone().requires_grad_()
+            for name, parameter in self._named(block):
+                self._used[name] = parameter.detach().clone().requires_grad_()
 
     def note_gradient(self, block: Block) -> None:
         """The block's gradients are complete, and have not been clipped."""
         if self._records:
-            for parameter in block.parameters:
+            for name, parameter in self._named(block):
                 if parameter.grad is not None:
-                    self._gradients[self._names[id(parameter)]] = parameter.grad.clone()
+                    self._gradients[name] = parameter.grad.clone()
+
+    def _named(self, block: Block) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of the block that are the model's, by their names in it."""
+        return ((self._names[id(p)], p) for p in block.parameters if id(p) in self._names)
 
     def measure(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
         """Compare what was recorded with the gradient at the recorded weights.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+OwnTensors = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+"""See `_own_tensors`."""
+
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +25,11 @@ class Block:
         index: Position among the model's blocks, in the order of the model's structure.
         name: The layer's path in the model, or `embeddings`, `between.N`, `head`, `model` for what is in no layer.
         parameter_names: Path of each parameter, for messages.
-        parameters: The trainable parameters. Empty only where the block has nothing but buffers.
+        parameters: The trainable parameters, and frozen ones that the optimizer holds. Empty only where the block has
+            nothing but buffers.
         buffers: Floating-point statistics that training itself changes (BatchNorm's running mean and variance).
-        modules: The modules whose forward uses the block; the first one to run is the block's first use.
+        modules: The modules whose forward uses the block; the first one to run is the block's first use. Empty where
+            that is not known.
         layer: The layer that the block is, or None for what is in no layer.
         completes_late: Whether the last gradient does not show that backward is through with the block: statistics of a
             normalisation without trainable parameters are still needed by its own backward.
@@ -49,7 +58,7 @@ class Block:
         return f"Block({self.index}, {self.name!r}, {len(self.parameters)} parameters, {self.num_bytes} bytes)"
 
 
-def split_into_blocks(model: nn.Module) -> list[Block]:
+def split_into_blocks(model: nn.Module, held: Iterable[Tensor] = ()) -> list[Block]:
     """Put every trainable parameter of `model` into exactly one block, by the structure of the model alone.
 
     A *layer* is a member of an `nn.ModuleList` or `nn.Sequential` that is not itself inside a layer; where such a
@@ -57,17 +66,24 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
     most of its parameters: ResNet, Swin, ConvNeXt), its members are the layers. Each layer is a block. What is in
     no layer goes together by position: before the first stack (`embeddings`), between two stacks, after the last
     (`head`). A parameter with several names (a tied LM head) counts where it is named first. Frozen parameters are in
-    no block. Running statistics go with their module.
+    no block, unless an optimizer holds them: they may be unfrozen later. What an optimizer holds and the model does not
+    have (the classifier of a loss) is a block of its own, `beside the model`. Running statistics go with their module.
+
+    Args:
+        model: What is trained.
+        held: The parameters that the optimizer has.
 
     Raises:
         ValueError: The model has no trainable parameter.
     """
-    layers, stages = _find_layers(model)
+    by_id = {id(parameter): parameter for parameter in held}
+    own_tensors = functools.partial(_own_tensors, held=by_id.keys())
+    layers, stages = _find_layers(model, own_tensors)
     members: dict[str, _Members] = {}
     seen: set[int] = set()
 
     for module_name, module in model.named_modules(remove_duplicate=False):
-        tensors = dict(_own_tensors(module))
+        tensors = dict(own_tensors(module))
         if not tensors:
             continue
         key = _enclosing(module_name, layers) or _enclosing(module_name, stages) or ""
@@ -84,15 +100,16 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
                 group.buffers.append(tensor)
         group.completes_late |= not any(isinstance(tensor, nn.Parameter) for tensor in tensors.values())
 
-    if not any(group.parameters for group in members.values()):
+    beside = [parameter for name, parameter in by_id.items() if name not in seen and parameter.requires_grad]
+    if not beside and not any(group.parameters for group in members.values()):
         raise ValueError(
             "The model has no trainable parameter, so there is nothing to train or to exchange. "
             "Set `requires_grad=True` on some parameters (or add an adapter) before creating the trainer."
         )
 
     groups = {key: group for key, group in members.items() if group.parameters or group.buffers}
-    users = _users(model, groups)
-    return [
+    users = _users(model, groups, own_tensors)
+    blocks = [
         Block(
             index=index,
             name=key if key in layers or key in stages else _rest_name(key, layers),
@@ -105,6 +122,13 @@ def split_into_blocks(model: nn.Module) -> list[Block]:
         )
         for index, (key, group) in enumerate(groups.items())
     ]
+    return blocks if not beside else [*blocks, _block_beside(beside, len(blocks))]
+
+
+def _block_beside(parameters: Sequence[Any], index: int) -> Block:
+    """What is trained and not the model's: nothing tells when it is used."""
+    names = tuple(f"beside the model: {tuple(parameter.shape)}" for parameter in parameters)
+    return Block(index, "beside the model", names, tuple(parameters), (), ())
 
 
 class _Members:
@@ -116,10 +140,10 @@ class _Members:
         self.completes_late = False
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _own_tensors(module: nn.Module, held: Container[int] = ()) -> Iterator[tuple[str, Tensor]]:
     """Trainable parameters and training statistics that `module` itself (not a child) owns."""
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in held:
             yield name, parameter
     if isinstance(module, _NormBase):
         for name, buffer in module.named_buffers(recurse=False):
@@ -127,7 +151,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, buffer
 
 
-def _find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def _find_layers(model: nn.Module, own_tensors: OwnTensors) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Layers and opened stages of the model by path, in order."""
     layers: dict[str, nn.Module] = {}
     stages: dict[str, nn.Module] = {}
@@ -141,7 +165,7 @@ def _find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.M
             elif not stage and (inner := _stack_of_stage(child)):
                 stages[path] = child
                 visit(getattr(child, inner), f"{path}.{inner}", True)
-            elif any(True for part in child.modules() for _ in _own_tensors(part)):
+            elif any(True for part in child.modules() for _ in own_tensors(part)):
                 layers[path] = child
 
     visit(model, "", False)
@@ -195,13 +219,25 @@ def _first_users(layer: nn.Module | None, users: tuple[nn.Module, ...]) -> tuple
     return (layer, *(user for user in users if user not in inside))
 
 
-def _users(model: nn.Module, groups: dict[str, _Members]) -> dict[str, tuple[nn.Module, ...]]:
-    """For each group, the modules that own one of its tensors under any name."""
+def _users(model: nn.Module, groups: dict[str, _Members], own_tensors: OwnTensors) -> dict[str, tuple[nn.Module, ...]]:
+    """For each group, the modules that own one of its tensors under any name: those whose forward uses it.
+
+    What a `ParameterDict` or another container owns, which is never called itself, is used by the module around it.
+    """
     key_of = {
         id(tensor): key for key, group in groups.items() for tensor in (*group.parameters.values(), *group.buffers)
     }
     users: dict[str, dict[int, nn.Module]] = {key: {} for key in groups}
-    for module in model.modules():
-        for _, tensor in _own_tensors(module):
-            users[key_of[id(tensor)]][id(module)] = module
-    return {key: tuple(modules.values()) for key, modules in users.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        for _, tensor in own_tensors(module):
+            user = _called(name, modules)
+            users[key_of[id(tensor)]][id(user)] = user
+    return {key: tuple(found.values()) for key, found in users.items()}
+
+
+def _called(name: str, modules: dict[str, nn.Module]) -> nn.Module:
+    """The module of this name, or the nearest around it that has a forward."""
+    while name and isinstance(modules[name], _CONTAINERS):
+        name = name.rpartition(".")[0]
+    return modules[name]

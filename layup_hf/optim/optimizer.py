@@ -36,6 +36,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         take_block: What `step()` does with a block that has not been stepped: `step_block`, and what belongs around it.
             Unset, `step_block` alone.
         around_step: What belongs around the inner optimizer's step of a block, if set.
+        take_whole: What `step()` does where blocks cannot be stepped one by one: it is given what steps all of them.
+            Unset, that alone.
+        parts_for_certain: Blocks are known to step one by one, or it cannot be found out.
+        steps_whole: Blocks cannot be stepped one by one: the inner optimizer steps all of them whenever it steps.
         keeps_gradients: Whether a block that has been stepped keeps its gradients until `zero_grad()`.
         scaler: Scales the loss. Blocks must then go through `unscale_block` first, and a block with a gradient that is
             not finite does not step; the scaler learns of it. Nothing is synchronised.
@@ -52,6 +56,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.before_step: Callable[[], None] | None = None
         self.take_block: Callable[[Block], None] | None = None
         self.around_step: Callable[[Block], AbstractContextManager[None]] | None = None
+        self.take_whole: Callable[[Callable[[], None]], None] | None = None
+        self.parts_for_certain = False
+        self.steps_whole = holds_optimizers(inner)
         self.keeps_gradients = False
         self.scaler: torch.amp.GradScaler | None = None
         self._blocks = list(blocks)
@@ -89,22 +96,47 @@ class BlockOptimizer(torch.optim.Optimizer):
                 index = block_of.get(id(parameter))
                 if index is None:
                     raise ValueError(
-                        f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is in no block: it is "
-                        "frozen, or not the model's. Give the optimizer only parameters of the model with "
-                        "`requires_grad=True`."
+                        f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is in no block: it was "
+                        "added after the blocks had been made. Give the optimizer all its parameters before training."
                     )
                 shares[index].setdefault(number, Share(number, [])).params.append(parameter)
         return [list(groups.values()) for groups in shares]
 
     def step_block(self, block: Block) -> None:
-        """Step the parameters of `block` with their gradients, then free these unless they are to be kept."""
-        if self.scaler is None:
-            self.step_share(block)
-        else:
-            self.scaler.step(self._scaled[block.index])
-        for parameter in block.parameters if not self.keeps_gradients else ():
-            parameter.grad = None
+        """Step the parameters of `block` with their gradients, then free these unless they are to be kept.
+
+        Raises:
+            ValueError: At the first step: the optimizer steps other blocks, too, and gradients are not kept for that.
+        """
+        with self._seeing_whether_it_parts(block):
+            if self.scaler is None:
+                self.step_share(block)
+            else:
+                self.scaler.step(self._scaled[block.index])
+        if not self.keeps_gradients:
+            # Fused kernels do not count their writes, by which autograd knows that it needs what has been changed.
+            torch.autograd.graph.increment_version(block.parameters)
+            _free_gradients(block)
         self._stepped[block.index] = True
+
+    @contextlib.contextmanager
+    def _seeing_whether_it_parts(self, block: Block) -> Iterator[None]:
+        """Around the first step of a block: find out whether it changes another one."""
+        if self.parts_for_certain:
+            yield
+            return
+        self.parts_for_certain = True
+        others = [p.detach() for other in self._blocks if other is not block for p in other.parameters]
+        before = _norms(others)
+        yield
+        if before is None or torch.equal(before, _norms(others)):  # type: ignore[arg-type] # as of the same tensors
+            return
+        if not self.keeps_gradients:
+            raise ValueError(
+                f"{type(self.inner).__name__} steps all parameters whenever it steps, so it cannot be stepped block by "
+                "block in backward. Set `clip='exact'`: it is then stepped once, when backward has ended."
+            )
+        self.steps_whole, self._stepped = True, [True] * len(self._blocks)
 
     def unscale_block(self, block: Block) -> None:
         """Take the scaler's factor out of the gradients of `block`, and let it see whether they are finite."""
@@ -118,17 +150,24 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         inner, groups, shares = self.inner, self.inner.param_groups, self._shares[block.index]
         views = [share.view(groups[share.group]) for share in shares]
-        hooks = {name: vars(inner)[name] for name in _HOOKS if name in vars(inner)}
         inner.param_groups = views
-        vars(inner).update({name: OrderedDict() for name in hooks})
         try:
             with contextlib.nullcontext() if self.around_step is None else self.around_step(block):
-                inner.step()
+                self._step_inner()
         finally:
             inner.param_groups = groups
-            vars(inner).update(hooks)
         for share, view in zip(shares, views, strict=True):
             share.keep(groups[share.group], view, type(inner).__name__)
+
+    def _step_inner(self) -> None:
+        """Step what the inner optimizer has now, without the hooks of a whole step: they come with ours."""
+        inner = self.inner
+        hooks = {name: vars(inner)[name] for name in _HOOKS if name in vars(inner)}
+        vars(inner).update({name: OrderedDict() for name in hooks})
+        try:
+            inner.step()
+        finally:
+            vars(inner).update(hooks)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -145,11 +184,18 @@ class BlockOptimizer(torch.optim.Optimizer):
         take_block = self.take_block or self.step_block
         try:
             with self._told_of_overflow():
-                for block in reversed(self._blocks):
+                if self.steps_whole and self.take_whole is not None:
+                    self.take_whole(self._step_inner)
+                elif self.steps_whole:
+                    self._step_inner()
+                for block in reversed(self._blocks) if not self.steps_whole else ():
                     if not self._stepped[block.index]:
                         take_block(block)
         finally:  # if memory has run out here, the next step is a new one
             self._stepped = [False] * len(self._blocks)
+        for block in self._blocks:
+            if not block.modules:  # beside the model, whose gradients alone the Trainer zeroes
+                _free_gradients(block)
         self._keep_counters()
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self.inner, (), {})
@@ -249,6 +295,30 @@ class _ScaledBlock:
             self._optimizer.step_share(self._block)
         finally:
             del told["found_inf"]
+
+
+def holds_optimizers(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it steps others that it holds: they know nothing of the groups that it is shown."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, dict):
+            value = list(value.values())
+        return isinstance(value, torch.optim.Optimizer) or (isinstance(value, list | tuple) and any(map(holds, value)))
+
+    return any(holds(value) for value in vars(optimizer).values())
+
+
+def _free_gradients(block: Block) -> None:
+    for parameter in block.parameters:
+        parameter.grad = None
+
+
+def _norms(tensors: list[Tensor]) -> Tensor | None:
+    """One number for each tensor, by which a change of it is seen; None of no tensors."""
+    tensors = [tensor for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
+    if not tensors:
+        return None
+    return torch.stack([norm.double().cpu() for norm in torch._foreach_norm(tensors)]).nan_to_num(-1.0)
 
 
 def _itself(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

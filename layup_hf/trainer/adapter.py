@@ -28,13 +28,24 @@ class TrainerHost:
 
     @property
     def _trainer(self) -> Any:
-        return self._reference()
+        trainer = self._reference()
+        if trainer is None:
+            raise ReferenceError("The trainer of this run is gone.")
+        return trainer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the trainer, or what is unpickled, has a host of its own."""
+        return type(self), (self._trainer,)
 
     # ---- What it is given and keeps ----
 
     @property
+    def kind(self) -> type:
+        return type(self._trainer)
+
+    @property
     def name(self) -> str:
-        return type(self._trainer).__name__
+        return self.kind.__name__
 
     @property
     def args(self) -> TrainingArguments:

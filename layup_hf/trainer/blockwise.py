@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import Block, split_into_blocks
 from ..blocks.compiling import CompiledLayers, compile_options, nothing_compiled
@@ -46,8 +46,9 @@ class BlockwiseModel:
         if not training:
             return model
         if self._made_optimizer is None:  # here it has been made, by whichever subclass, and not been used by anything
-            self.blocks = self.split(self._host.model)
-            self._host.optimizer = BlockOptimizer(self._host.optimizer, self.blocks)
+            optimizer = self._host.optimizer
+            self.blocks = self.split(self._host.model, [p for group in optimizer.param_groups for p in group["params"]])
+            self._host.optimizer = BlockOptimizer(optimizer, self.blocks)
         with nothing_compiled(accelerator):
             # `evaluation_mode` leaves out the DDP wrapper alone; autocast stays, and the placement on a device. But the
             # device of a worker on the CPU is "cpu:1", say, and moving there copies: the model would get other buffers
@@ -55,9 +56,9 @@ class BlockwiseModel:
             moves = accelerator.device_placement and self._host.args.device.type != "cpu"
             return accelerator.prepare_model(model, device_placement=moves, evaluation_mode=True)
 
-    def split(self, model: nn.Module) -> list[Block]:
-        """The blocks of a model."""
-        return split_into_blocks(model)
+    def split(self, model: nn.Module, held: Sequence[Tensor]) -> list[Block]:
+        """The blocks of a model, and of what else its optimizer holds."""
+        return split_into_blocks(model, held)
 
     @property
     def _made_optimizer(self) -> BlockOptimizer | None:
@@ -88,7 +89,7 @@ class BlockwiseModel:
         if self.layers is not None:
             self.layers.remove()
         if (optimizer := self._made_optimizer) is not None:  # nothing is to keep this trainer and its model alive
-            optimizer.before_step = optimizer.take_block = optimizer.around_step = None
+            optimizer.before_step = optimizer.take_block = optimizer.take_whole = optimizer.around_step = None
         self._hooks = self.layers = None
 
     def is_free(self, index: int) -> bool:

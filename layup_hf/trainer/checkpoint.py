@@ -70,8 +70,9 @@ class Checkpoints:
             if best != written:
                 state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
             _publish(folder, name)
-        if self._push is not None:
-            self._hub.push_checkpoint(str(folder / name), self._push)
+        push, self._push = self._push, None  # it refers to the trainer, which is not to be kept alive
+        if push is not None:
+            self._hub.push_checkpoint(str(folder / name), push)
         limit = args.save_total_limit or 0
         if args.should_save and limit > 0:
             _rotate(folder, limit, state.best_model_checkpoint)
@@ -95,6 +96,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._push = None
             error.add_note(f"The checkpoint is not complete; those in {folder} are. Is the disk full?")
             raise
         finally:

@@ -66,17 +66,17 @@ def check_options(args: Any) -> None:
     nesterov = getattr(args, "nesterov", "auto")
     if nesterov not in ("auto", "on", "off"):
         raise ValueError(f"nesterov={nesterov!r} is unknown: use 'auto', 'on' or 'off'.")
-    if getattr(args, "merge_at", "boundary") not in ("boundary", "arrival"):
-        raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary' or 'arrival'.")
+    if getattr(args, "merge_at", "boundary") not in ("boundary", "backward", "arrival"):
+        raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary', 'backward' or 'arrival'.")
     _check_bias_options(args)
     lease = getattr(args, "lease_seconds", None)
     if lease is not None and not 1 <= lease < math.inf:
         raise ValueError(
             f"lease_seconds={lease}: a lease is renewed several times before it runs out. Use at least 1 second."
         )
-    clip = getattr(args, "clip", "estimate")
-    if clip not in ("estimate", "exact"):
-        raise ValueError(f"clip={clip!r} is unknown: use 'estimate' or 'exact'.")
+    clip = getattr(args, "clip", "auto")
+    if clip not in ("auto", "estimate", "exact"):
+        raise ValueError(f"clip={clip!r} is unknown: use 'auto', 'estimate' or 'exact'.")
 
     for option, what in _REFUSED.items():
         if getattr(args, option, None):
@@ -243,7 +243,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, args: TrainingArguments, s
 
 def _refuse_optimizer(name: str, args: TrainingArguments, scaler: Any, skips: bool, is_adamw: bool) -> None:
     """For an optimizer that there is, and for one that is yet to be made."""
-    if scaler is not None and not skips and getattr(args, "clip", "estimate") != "exact":
+    if scaler is not None and not skips and getattr(args, "clip", "auto") == "estimate":
         raise ValueError(
             f"`fp16` and {name} exclude each other with `clip='estimate'`: it cannot skip a block's step on the "
             "device. Use `optim='adamw_torch_fused'` (or a torch optimizer with `fused=True`), `clip='exact'`, or "

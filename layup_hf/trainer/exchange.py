@@ -60,7 +60,7 @@ class Exchange:
     def open(self) -> None:
         """Open windows to the present workers, and begin to count anew. Collective."""
         host, options, blocks = self._host, self._host.options, self._model.blocks
-        windows = open_windows(
+        self._windows = windows = open_windows(
             options.windows,
             self.shown(blocks),
             host.rank,
@@ -113,7 +113,7 @@ class Exchange:
         if options.merge_at == "arrival":
             may_exchange = self._members.may_exchange
             return ArrivalEngine(blocks, windows, sampler, offer_every=options.offer_every, may_exchange=may_exchange)
-        is_free = self._model.is_free
+        is_free = self._model.is_free if options.merge_at == "boundary" else lambda index: False
         return GossipEngine(blocks, windows, sampler, offer_every=options.offer_every, is_free=is_free)
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ class Host(Protocol):
     """A Trainer, as the parts of a run see it: this page, and nothing else of it. `TrainerHost` is the real one.
 
     Attributes:
-        name: Of the Trainer's class, for messages.
+        kind: The Trainer's class.
+        name: Its name, for messages.
         args, model, state, control, accelerator, optimizer, lr_scheduler, callbacks: The Trainer's own. `optimizer` is
             there when training begins, and may be wrapped by accelerate.
         options: Those of LayUp among `args`.
@@ -41,6 +42,8 @@ class Host(Protocol):
         push_in_progress: What is being uploaded.
     """
 
+    @property
+    def kind(self) -> type: ...
     @property
     def name(self) -> str: ...
     @property

@@ -73,7 +73,7 @@ class TrainingLoop:
 
     def stop(self) -> None:
         """Leave the Trainer as it was. Idempotent."""
-        self._state.clock = None
+        self._state.clock, self._state.is_acting = None, False
         self._meetings.stop()
         vars(self._host.callbacks).pop("on_epoch_begin", None)
 

@@ -136,9 +136,18 @@ class LayupMixin(_Base):
 
     # ---- Data ----
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        kwargs["is_training"] = is_training
-        stock = functools.partial(super()._get_dataloader, dataset, *args, **kwargs)
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = (dataset, description, batch_size, sampler_fn, is_training, *args)
+        stock = functools.partial(super()._get_dataloader, *call, **kwargs)
         return (self._layup.work.training_loader if is_training else self._layup.work.evaluation_loader)(stock)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
@@ -159,7 +168,7 @@ class LayupMixin(_Base):
         self._layup.logs.count_tokens(functools.partial(super()._track_num_input_tokens, inputs))
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        start_time = kwargs["start_time"] if "start_time" in kwargs else args[4]
+        start_time = kwargs.get("start_time", args[4] if len(args) > 4 else None)
         self._layup.logs.log_if_due(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
         self._layup.points.reach_if_wanted()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)

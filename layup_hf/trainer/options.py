@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -35,7 +35,8 @@ class Options:
         default="boundary",
         metadata={
             "help": "When a worker merges what peers offer: `boundary`: where a block's gradients are complete and "
-            "before its forward, so that gradients are exact; `arrival`: at any moment, from a thread."
+            "before its forward, so that gradients are exact; `backward`: where they are complete only, for models "
+            "that use weights before their modules run; `arrival`: at any moment, from a thread."
         },
     )
     bias_every: int = field(
@@ -73,10 +74,11 @@ class Options:
         },
     )
     clip: str = field(
-        default="estimate",
+        default="auto",
         metadata={
             "help": "How `max_grad_norm` is kept: `estimate` clips each block in backward by an estimate of the global "
-            "norm; `exact` waits for the whole gradient, and blocks step when backward has ended."
+            "norm; `exact` waits for the whole gradient, and blocks step when backward has ended; `auto`: `estimate`, "
+            "unless a callback, the optimizer or the trainer's `training_step` needs the whole gradient."
         },
     )
     second_moment: str = field(
@@ -100,9 +102,13 @@ class Options:
     )
 
 
-_DEFAULTS = object.__new__(Options)  # each field is its default, and nothing has been checked or prepared
+_DEFAULTS = Options()
+_NAMES = tuple(field.name for field in fields(Options))
 
 
 def options_of(args: Any) -> Options:
-    """The options among the arguments of a Trainer: the defaults where it was given a plain `TrainingArguments`."""
-    return args if isinstance(args, Options) else _DEFAULTS
+    """The options among the arguments of a Trainer: the defaults for what a plain `TrainingArguments` has not."""
+    if isinstance(args, Options):
+        return args
+    given = {name: getattr(args, name) for name in _NAMES if hasattr(args, name)}
+    return replace(_DEFAULTS, **given) if given else _DEFAULTS

@@ -30,10 +30,10 @@ def gather_for_overrides(cls: type, base: type) -> None:
     """
     for name, purpose in ONE_MODEL.items():
         kinds = cls.__mro__[: cls.__mro__.index(base)]
-        kind = next((kind for kind in kinds if inspect.isfunction(vars(kind).get(name))), None)
-        if kind is cls:
+        kind = next((kind for kind in kinds if name in vars(kind)), None)
+        if kind is cls and inspect.isfunction(vars(cls)[name]):
             setattr(cls, name, _with_all(vars(cls)[name], purpose))
-        elif kind is not None and not issubclass(kind, base):  # something that is mixed in before us
+        elif kind is not None and kind is not cls and not issubclass(kind, base):  # what is mixed in before us
             setattr(cls, name, _with_all(_inherited(cls, name), purpose))
 
 
@@ -47,6 +47,8 @@ def _inherited(cls: type, name: str) -> Callable[..., Any]:
 def _with_all(method: Callable[..., Any], purpose: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def together(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.layup.state.is_outside and method.__name__ == "evaluate":
+            return {}  # `eval_on_start`, and the others are in the middle of training
         return self.layup.points.with_all(purpose, functools.partial(method, self, *args, **kwargs))
 
     return together

@@ -65,7 +65,7 @@ class LayupRun:
         self.work = self.work_class(host, state, members)
         self.model = model = self.model_class(host)
         self.exchange = exchange = self.exchange_class(host, state, members, model)
-        self.steps = BlockSteps(host, state, members, model, exchange)
+        self.steps = BlockSteps(host, state, members, self.work, model, exchange)
         self.logs = Logs(host, state, collectives, model, exchange, self.steps)
         self.agreement = agreement = Agreement(host, state, members, model, exchange)
         self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement)

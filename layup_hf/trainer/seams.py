@@ -18,6 +18,9 @@ WORKING = {"transformers": ">=5.23,<5.24", "accelerate": ">=1.15,<2", "torch": "
 """The versions that work, as in `pyproject.toml`."""
 
 
+_MISSING = object()
+
+
 @dataclass(frozen=True)
 class Seam:
     """A member that is overridden, called, read or set.
@@ -47,12 +50,12 @@ class Seam:
         owner = _resolve(self.owner)
         if owner is None:
             return None if self.is_optional else f"{self.owner} is missing"
-        member = inspect.getattr_static(owner, self.member, None)
-        if member is None:
+        member = inspect.getattr_static(owner, self.member, _MISSING)
+        if member is _MISSING:
             is_there = self.is_optional or (self.is_set and self.member in _names_in(owner))
             return None if is_there else f"{self._name} is missing"
-        known = _parameters_of(member) if self.parameters else set()
-        lacking = [name for name in self.parameters if name not in known]
+        known = _parameters_of(member) if self.parameters else None
+        lacking = [name for name in self.parameters if known is not None and name not in known]
         return f"{self._name} takes no {', '.join(map(repr, lacking))}" if lacking else None
 
     @property
@@ -92,7 +95,7 @@ SEAMS = (
     *_of(
         _TRAINER,
         "5.0",
-        ("_get_dataloader", "dataset", "is_training"),
+        ("_get_dataloader", "dataset", "description", "batch_size", "sampler_fn", "is_training"),
         ("_get_output_dir", "trial"),
         ("_inner_training_loop", "batch_size", "resume_from_checkpoint", "trial"),
         ("_load_from_checkpoint", "resume_from_checkpoint"),
@@ -131,8 +134,11 @@ SEAMS = (
     *_of("torch.distributed.distributed_c10d", "2.6", "_abort_process_group", "_set_pg_timeout"),
     *_of("torch.distributed", "2.6", "DistError"),
     *_of("torch.nn.modules.batchnorm", "2.6", "_NormBase"),
+    *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks"),
+    *_of("torch", "2.6", "_dynamo"),  # whose OptimizedModule is a compiled model
+    *_of("torch.nn.Module", "2.6", "_compiled_call_impl"),
     *_of("torch.optim.Optimizer", "2.6", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", is_set=True),
-    *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_set=True),
+    *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_optional=True),
     *_of(
         *("torch", "2.6", "_foreach_addcmul_", "_foreach_clamp_max_", "_foreach_clamp_min_", "_foreach_copy_"),
         *("_foreach_div", "_foreach_div_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_"),
@@ -150,11 +156,18 @@ def check_seams() -> None:
     for seam in SEAMS:
         fault = seam.fault()
         if fault is not None:
-            installed, works = importlib.metadata.version(seam.library), seam.library + WORKING[seam.library]
+            installed, works = _version_of(seam.library), seam.library + WORKING[seam.library]
             raise ImportError(
                 f"layup_hf does not work with {seam.library} {installed}: {fault}, which is needed as it is since "
                 f"{seam.library} {seam.since}. Versions that work: {works}. Run: pip install '{works}'"
             )
+
+
+def _version_of(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _resolve(path: str) -> Any:
@@ -169,9 +182,15 @@ def _resolve(path: str) -> Any:
     return getattr(parent, name, None) if parent is not None else None
 
 
-def _parameters_of(member: Any) -> set[str]:
+def _parameters_of(member: Any) -> set[str] | None:
+    """The names of what a function takes; None where that cannot be told, as of what others have put in its place."""
     function = getattr(member, "__func__", member)  # of a static or class method
-    return set(inspect.signature(inspect.unwrap(function)).parameters)
+    try:
+        parameters = inspect.signature(inspect.unwrap(function)).parameters
+    except (TypeError, ValueError):
+        return None
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if takes_any else set(parameters)
 
 
 @functools.cache

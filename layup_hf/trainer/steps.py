@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..blocks import Block
 from ..blocks.bias import GradientBias
 from ..blocks.hooks import BlockHooks
+from ..blocks.uses import UseWatch, explain, is_compiled
 from ..gossip.engine import GossipEngine
 from ..optim.adam import is_plain_adam
 from ..optim.clipping import BlockClipper
@@ -20,9 +21,11 @@ from ..optim.direction import Direction
 from .blockwise import BlockwiseModel
 from .checks import check_optimizer
 from .exchange import Exchange
+from .gradients import reasons_for_all, reasons_of_users
 from .host import Host
 from .members import Members
 from .state import RunState
+from .work import WorkSharing
 
 logger = logging.getLogger(__name__)
 
@@ -40,30 +43,50 @@ class BlockSteps:
     """
 
     def __init__(
-        self, host: Host, state: RunState, members: Members, model: BlockwiseModel, exchange: Exchange
+        self,
+        host: Host,
+        state: RunState,
+        members: Members,
+        work: WorkSharing,
+        model: BlockwiseModel,
+        exchange: Exchange,
     ) -> None:
-        self._host, self._state, self._members, self._model, self._exchange = host, state, members, model, exchange
+        self._host, self._state, self._members, self._work = host, state, members, work
+        self._model, self._exchange = model, exchange
         self._hooks: BlockHooks | None = None
+        self._clips_exactly = False
+        self._watch: UseWatch | None = None  # of the first step
         self.clipper: BlockClipper | None = None
         self.direction: Direction | None = None
         self.bias: GradientBias | None = None
 
-    @property
-    def _clips_exactly(self) -> bool:
-        return self._host.options.clip == "exact"
-
     def check(self) -> None:
-        """Refuse what blocks cannot be stepped by: on every worker, before any of them waits for another.
+        """Find out whether blocks may step in backward. Refuse what they cannot be stepped by: on every worker, before
+        any of them waits for another.
 
         Raises:
             ValueError: With the remedy.
         """
-        optimizer = self._model.optimizer
-        check_optimizer(optimizer.inner, self._host.args, self._host.accelerator.scaler)
-        if optimizer.sees_gradients and not self._clips_exactly:
+        host, optimizer, clip = self._host, self._model.optimizer, self._host.options.clip
+        scaler = host.accelerator.scaler
+        check_optimizer(optimizer.inner, host.args, scaler)
+        needs = list(reasons_for_all(optimizer, scaler))
+        if needs and clip == "estimate":
             raise ValueError(
-                "A hook of `register_step_pre_hook` and `clip='estimate'` exclude each other: blocks step in backward, "
-                "so there is no whole gradient to be seen before the step. Set `clip='exact'`."
+                f"`clip='estimate'` and this training exclude each other: {needs[0]}, and blocks would step in "
+                "backward, one by one. Set `clip='exact'`, or leave it at 'auto'."
+            )
+        wants = list(reasons_of_users(host.callbacks.callbacks, host.kind))
+        self._clips_exactly = clip == "exact" or (clip == "auto" and bool(needs or wants))
+        if clip == "auto" and self._clips_exactly:
+            logger.warning(
+                f"LayUp: blocks step when backward has ended (`clip='exact'`), as {(needs or wants)[0]}. To step them "
+                "in backward all the same, set `clip='estimate'`."
+            )
+        elif clip == "estimate" and wants:
+            logger.warning(
+                f"LayUp: with `clip='estimate'` blocks step in backward, and gradients are gone after it, but "
+                f"{wants[0]}. If that is in vain, set `clip='exact'`, or leave it at 'auto'."
             )
 
     # ---- Taking a block ----
@@ -74,6 +97,8 @@ class BlockSteps:
         scaler, device = host.accelerator.scaler, host.args.device
         clips = not self._clips_exactly  # else the Trainer unscales and clips all of them before they step
         optimizer.scaler, optimizer.keeps_gradients = (scaler, False) if clips else (None, True)
+        # Where others write blocks at any moment, it is not seen what a step has changed.
+        optimizer.parts_for_certain |= host.options.merge_at == "arrival"
         if optimizer.scaler is not None:
             scaler.scale(torch.zeros((), device=device))  # gives it a scale
             scaler.update(scaler.get_scale())  # and lets it forget a step that memory ran out in
@@ -91,10 +116,15 @@ class BlockSteps:
             on_block_ready=self._completing(take_block if clips else None),
             before_forward=self._before_forward(),
             is_synchronizing=lambda: accelerator.sync_gradients,
+            steps_in_backward=clips,
         )
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
+        optimizer.take_whole = self._take_whole
         optimizer.around_step = self._directing(self.direction) if self.direction is not None else None
         self._model.install(self._hooks)
+        self._watch = (
+            None if is_compiled(host.model) or self._model.layers else UseWatch(host.model, blocks, self._hooks)
+        )
 
     @property
     def _engine(self) -> GossipEngine | None:
@@ -123,6 +153,20 @@ class BlockSteps:
 
         return take_block
 
+    def _take_whole(self, step: Callable[[], None]) -> None:
+        """What is done with all blocks where they step at once, when backward has ended."""
+        exchange, blocks = self._exchange, list(reversed(self._model.blocks))
+        for block in blocks:
+            self._merge(block)
+        with contextlib.ExitStack() as held:
+            if exchange.engine is not None:
+                for block in blocks:
+                    held.enter_context(exchange.engine.holding(block))
+            step()
+            for block in blocks:
+                if (engine := self._engine) is not None:
+                    engine.offer(block)
+
     def _completing(self, take_block: Callable[[Block], None] | None) -> Callable[[Block], None]:
         """What is done with a block whose gradients are complete."""
         bias = self.bias
@@ -137,10 +181,11 @@ class BlockSteps:
 
     def _before_forward(self) -> Callable[[Block], None]:
         """What is done with a block that is about to be used."""
-        bias = self.bias
+        bias, merges = self.bias, self._host.options.merge_at != "backward"
 
         def before_forward(block: Block) -> None:
-            self._merge(block)
+            if merges:
+                self._merge(block)
             if bias is not None:
                 bias.note_forward(block)
 
@@ -150,7 +195,7 @@ class BlockSteps:
         optimizer, wanted = self._model.optimizer.inner, self._host.options.nesterov
         if not is_plain_adam(optimizer):
             return None
-        looks_ahead = wanted == "on" or (wanted == "auto" and self._state.clock is not None)
+        looks_ahead = wanted == "on" or (wanted == "auto" and self._work.goes_by_clock)
         if looks_ahead:
             logger.info("The optimizer steps by Nesterov's momentum.")
         if not looks_ahead and self._exchange.moments is None:
@@ -170,19 +215,26 @@ class BlockSteps:
     def stop(self) -> None:
         """Leave the optimizer and the model as they were. Idempotent."""
         self._model.uninstall()
-        self._hooks = None
+        self._hooks = self._watch = None
 
     # ---- What the Trainer asks for in a step ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Any, stock: Callable[[], Tensor]
     ) -> Tensor:
-        """As the Trainer's; now and then with a measurement of the gradient's bias."""
+        """As the Trainer's; now and then with a measurement of the gradient's bias.
+
+        Raises:
+            RuntimeError: Backward needs what a merge or a step has changed; with the block and the remedy.
+        """
         bias, hooks, host = self.bias, self._hooks, self._host
-        if bias is None or hooks is None or not bias.is_due():
+        if hooks is None:
             return stock()
+        hooks.begin_backward()
+        if bias is None or not bias.is_due():
+            return self._run(stock)
         with bias.recording():
-            loss = stock()
+            loss = self._run(stock)
             hooks.finish_backward()
 
         def loss_of(other: nn.Module) -> Tensor:
@@ -191,6 +243,17 @@ class BlockSteps:
 
         bias.measure(loss_of)
         return loss
+
+    def _run(self, stock: Callable[[], Tensor]) -> Tensor:
+        """Forward and backward; the first time, with an eye on how the model uses its blocks."""
+        watch, self._watch = self._watch, None
+        try:
+            with watch.watching() if watch is not None else contextlib.nullcontext():
+                return stock()
+        except RuntimeError as error:
+            if (explained := explain(error, self._model.blocks)) is not None:
+                raise explained from error
+            raise
 
     def clip_grad_norm(self, model: nn.Module, stock: Callable[[], Any]) -> Any:
         """Blocks are clipped in backward; with `clip="exact"` here, as the Trainer does."""

@@ -62,7 +62,7 @@ def test_with_exact_clipping_callbacks_see_the_gradients(tmp_path):
 
     exact, estimate = Observer(), Observer()
     train(LayupTrainer, tmp_path, callbacks=[exact], clip="exact", max_grad_norm=0.1)
-    train(LayupTrainer, tmp_path, callbacks=[estimate], max_grad_norm=0.1)
+    train(LayupTrainer, tmp_path, callbacks=[estimate], clip="estimate", max_grad_norm=0.1)
     assert exact.norms == pytest.approx([0.1] * 6, rel=1e-3)
     assert estimate.norms == [None] * 6
 
@@ -95,8 +95,10 @@ def test_a_hook_before_the_step_sees_the_whole_gradient_or_is_refused(tmp_path):
 
     trainer_of(seen := [], clip="exact").train()
     assert seen == [True] * 6
-    with pytest.raises(ValueError, match=r"`register_step_pre_hook` and `clip='estimate'` exclude each other.*exact"):
-        trainer_of([]).train()
+    trainer_of(seen := []).train()  # chosen by itself
+    assert seen == [True] * 6
+    with pytest.raises(ValueError, match=r"`clip='estimate'` and this training exclude each other: a hook of"):
+        trainer_of([], clip="estimate").train()
 
 
 def test_the_estimate_stays_close_to_exact_clipping(tmp_path):
@@ -184,7 +186,9 @@ def test_with_exact_clipping_an_overflow_skips_the_whole_step_as_in_the_trainer(
 
 def test_an_optimizer_that_cannot_skip_on_the_device_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`fp16` and SGD exclude each other with `clip='estimate'`.*clip='exact'"):
-        train(scaling(LayupTrainer), tmp_path, optim="sgd")
+        train(scaling(LayupTrainer), tmp_path, optim="sgd", clip="estimate")
+    ours = train(scaling(LayupTrainer), tmp_path, optim="sgd")  # exact clipping is chosen by itself
+    assert same(ours.model, train(scaling(Trainer), tmp_path, optim="sgd").model)
 
 
 def test_fp16_without_a_scaler_is_refused_at_construction(tmp_path):

@@ -81,7 +81,9 @@ def test_optimizer_steps_in_backward(tmp_path):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             seen.append(sum(p.grad is not None for p in model.parameters()))
 
-    trainer = LayupTrainer(model=gpt2(), args=arguments(tmp_path), train_dataset=text(), callbacks=[Observer()])
+    trainer = LayupTrainer(
+        model=gpt2(), args=arguments(tmp_path, clip="estimate"), train_dataset=text(), callbacks=[Observer()]
+    )
     trainer.train()
     assert seen == [0] * 6
     assert isinstance(trainer.optimizer.optimizer, BlockOptimizer)

@@ -75,8 +75,8 @@ class EqualEngine(WholeModelEngine):
 class WholeModel(BlockwiseModel):
     """The whole model as one block."""
 
-    def split(self, model: nn.Module) -> list[Block]:
-        return [one_block(super().split(model), model)]
+    def split(self, model: nn.Module, held: Sequence[torch.Tensor]) -> list[Block]:
+        return [one_block(super().split(model, held), model)]
 
 
 class WholeModelRun(LayupRun):

@@ -1,0 +1,79 @@
+"""Who wants the whole gradient, after backward and before the step: then blocks cannot step inside backward."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterable, Iterator
+from types import CodeType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..optim.optimizer import BlockOptimizer
+
+_KNOWN = ("transformers", "layup_hf", "trl", "accelerate", "peft")
+"""Packages whose callbacks and trainers are known to want no gradient of blocks."""
+
+_OF_GRADIENTS = {"grad", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "update_and_allocate"}
+"""Names that code has which reads or changes gradients; the last one is AdaLoRA's."""
+
+
+def reasons_for_all(optimizer: BlockOptimizer, scaler: Any) -> Iterator[str]:
+    """What cannot work at all but with the whole gradient.
+
+    Args:
+        optimizer: Steps the blocks.
+        scaler: Of the loss, or None.
+    """
+    name = type(optimizer.inner).__name__
+    if optimizer.steps_whole:
+        yield f"{name} steps other optimizers that it holds, all at once"
+    if optimizer.sees_gradients:
+        yield "a hook of `register_step_pre_hook` is to see all gradients before the step"
+    if scaler is not None and not getattr(optimizer.inner, "_step_supports_amp_scaling", False):
+        yield f"{name} cannot skip the step of a block on the device, as `fp16` needs"
+
+
+def reasons_of_users(callbacks: Iterable[TrainerCallback], trainer: type) -> Iterator[str]:
+    """What of the user's own code may want the whole gradient, as far as the code tells.
+
+    Args:
+        callbacks: Of the trainer.
+        trainer: Its class.
+    """
+    for callback in callbacks:
+        before, after = (_own(type(callback), name) for name in ("on_pre_optimizer_step", "on_optimizer_step"))
+        name = type(callback).__name__
+        if before is not None:
+            yield f"callback {name} has an `on_pre_optimizer_step`, which gradients are for"
+        elif after is not None and _OF_GRADIENTS & set(_names(after.__code__)):
+            yield f"callback {name} reads gradients in `on_optimizer_step`"
+    for method in ("training_step", "_clip_grad_norm", "_get_grad_norm"):
+        function = _own(trainer, method)
+        if function is None:
+            continue
+        names = list(_names(function.__code__))
+        if _OF_GRADIENTS & set(names):
+            yield f"{trainer.__name__}.{method} reads gradients"
+        elif method == "training_step" and ("backward" in names or names.count("training_step") > 1):
+            yield f"{trainer.__name__}.training_step runs backward itself"
+
+
+def _own(kind: type, name: str) -> Any:
+    """The function of this name that an object of a class has, if the user has written it."""
+    function = inspect.unwrap(getattr(kind, name, None) or (lambda: None))
+    package = getattr(function, "__module__", None) or ""
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or package.split(".")[0] in _KNOWN:
+        return None
+    return function
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The attributes, methods and globals that code uses, each as often as it stands there; of inner functions, too."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith("LOAD_") and isinstance(instruction.argval, str):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,325 @@
+"""What people bring that a plain model and a plain loop do not show: each trains with the stock Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from stock import gpt2
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from transformers import TrainerCallback
+
+OLD = 40
+"""Rows of the embedding that are not to be trained, where gradients are masked."""
+
+
+@dataclass
+class Brought:
+    """What goes into a trainer.
+
+    Attributes:
+        model: The model.
+        bases: Classes before the trainer's own.
+        callbacks: For the trainer.
+        optimizer: Of the user's own; None for the Trainer's.
+        options: Of the configuration.
+    """
+
+    model: nn.Module
+    bases: tuple[type, ...] = ()
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def trainer(self, cls: type, args: Any, data: Any) -> Any:
+        """A trainer of it.
+
+        Args:
+            cls: The trainer's class.
+            args: Its configuration.
+            data: For training.
+        """
+        kind = type("Brought", (*self.bases, cls), {}) if self.bases else cls
+        optimizers = (self.optimizer, None)
+        trainer = kind(model=self.model, args=args, train_dataset=data, callbacks=self.callbacks, optimizers=optimizers)
+        for callback in self.callbacks:
+            callback.trainer = trainer
+        return trainer
+
+
+# ---- Weights that are used at other times than their modules run ----
+
+
+class Net(nn.Module):
+    """A small stack; subclasses use its weights in their own way."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module] = lambda module: module, where: str = "head") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(50, 16)
+        self.first = norm(nn.Linear(16, 16)) if where == "first" else nn.Linear(16, 16)
+        layers = [nn.Linear(16, 16) for _ in range(3)]
+        self.layers = nn.ModuleList([norm(layer) for layer in layers] if where == "layer" else layers)
+        self.head = norm(nn.Linear(16, 50)) if where == "head" else nn.Linear(16, 50)
+
+    def extra(self, h: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor | float:
+        return 0.0
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        h, extra = self.first(self.emb(input_ids)), 0.0
+        for number, layer in enumerate(self.layers):
+            h = h + torch.tanh(layer(h))
+            extra = extra + self.extra(h, labels, number)
+        logits = self.head(h)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + 0.1 * extra, "logits": logits}
+
+
+class DetachedHead(Net):
+    """An auxiliary loss through the head, which is to train the layers only."""
+
+    def extra(self, h, labels, number):
+        return F.cross_entropy(F.linear(h, self.head.weight.detach()).flatten(0, 1), labels.flatten())
+
+
+class EarlyHead(Net):
+    """An auxiliary loss through the head, which trains that, too."""
+
+    def extra(self, h, labels, number):
+        return F.cross_entropy((h @ self.head.weight.t()).flatten(0, 1), labels.flatten())
+
+
+class BorrowedLayer(Net):
+    """A layer's weight is used, without a gradient, where an earlier layer has run."""
+
+    def extra(self, h, labels, number):
+        return F.linear(h, self.layers[-1].weight.detach()).square().mean()
+
+
+class ListOfWeights(nn.Module):
+    """Weights in a `ParameterList`, which has no forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+        self.weights = nn.ParameterList([nn.Parameter(0.1 * torch.randn(16, 16)) for _ in range(2)])
+
+    def forward(self, input_ids, labels):
+        h = self.emb(input_ids)
+        for weight in self.weights:
+            h = h + torch.tanh(h @ weight)
+        logits = self.head(h)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def lora(**options: Any) -> nn.Module:
+    model = gpt2()
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+
+
+# ---- Several backward passes in a step ----
+
+
+class TwoHalves:
+    """A backward for each half of the batch."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = 0.0
+        for half in ({k: v[:2] for k, v in inputs.items()}, {k: v[2:] for k, v in inputs.items()}):
+            part = self.compute_loss(model, half) / 2
+            self.accelerator.backward(part)
+            loss = loss + part.detach()
+        return loss
+
+
+class Adversarial:
+    """A second forward and backward with embeddings that have been moved."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        weight = self.model.get_input_embeddings().weight
+        old = weight.data.clone()
+        weight.data.add_(1e-2 * weight.grad / weight.grad.norm())
+        super().training_step(model, inputs, num_items_in_batch)
+        weight.data.copy_(old)
+        return loss
+
+
+# ---- Gradients that are read or changed after backward ----
+
+
+class MaskInStep:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.model.get_input_embeddings().weight.grad[:OLD] = 0
+        return loss
+
+
+class ValueInStep:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        torch.nn.utils.clip_grad_value_(self.model.parameters(), 1e-3)
+        return loss
+
+
+class MaskInCallback(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.get_input_embeddings().weight.grad[:OLD] = 0
+
+
+class NormsAfterStep(TrainerCallback):
+    """Reads gradients when the optimizer has stepped, before they are zeroed."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.norms.append(sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None))
+
+
+class HooksAfterOurs(TrainerCallback):
+    """Hooks of the user that come after the trainer's own."""
+
+    def __init__(self, when: str) -> None:
+        self.when, self.norms = when, []
+
+    def _register(self, when: str) -> None:
+        if when == self.when:
+            for parameter in self.trainer.model.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda p: self.norms.append(float(p.grad.norm())))
+
+    def on_train_begin(self, *args, **kwargs):
+        self._register("train")
+
+    def on_step_begin(self, args, state, *rest, **kwargs):
+        self._register(f"step {state.global_step}")
+
+
+# ---- Optimizers that step all at once ----
+
+
+class Chained(torch.optim.Optimizer):
+    """Two optimizers behind one, as Muon for matrices and AdamW for the rest."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+        self.param_groups = [group for one in optimizers for group in one.param_groups]
+
+    def step(self, closure=None):
+        for one in self.optimizers:
+            one.step()
+
+    def state_dict(self):
+        return {"all": [one.state_dict() for one in self.optimizers]}
+
+    def load_state_dict(self, state_dict):
+        for one, state in zip(self.optimizers, state_dict["all"], strict=True):
+            one.load_state_dict(state)
+
+
+class ByHeart(torch.optim.Optimizer):
+    """Steps what it was given once, whatever its groups say now. Holds no optimizer."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.known = [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.known:
+            if parameter.grad is not None:
+                parameter.data -= 0.05 * parameter.grad
+
+
+def chained(model: nn.Module) -> Chained:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
+    return Chained([torch.optim.SGD(matrices, lr=2e-2, momentum=0.9), torch.optim.AdamW(rest, lr=1e-2)])
+
+
+# ---- Parameters that come and go, or are beside the model ----
+
+
+class Unfreeze(TrainerCallback):
+    """Layers that are frozen at first, and unfrozen in the second epoch; or the other way round."""
+
+    def __init__(self, low: list[nn.Parameter], freezes: bool = False) -> None:
+        self.low, self.freezes = low, freezes
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if round(state.epoch or 0) == 1:
+            for parameter in self.low:
+                parameter.requires_grad = not self.freezes
+
+
+def partly_frozen(frozen: bool = True) -> Brought:
+    model = gpt2()
+    low = [p for name, p in model.named_parameters() if ".h.0." in name or "wpe" in name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for parameter in low:
+        parameter.requires_grad = not frozen
+    callbacks = [Unfreeze(low, freezes=not frozen)]
+    return Brought(model, callbacks=callbacks, optimizer=optimizer, options={"max_steps": -1, "num_train_epochs": 2})
+
+
+class ZeroBeside(TrainerCallback):
+    """The stock Trainer zeroes the model's gradients alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.weight.grad = None
+
+
+class WeightedLoss:
+    """A loss with a parameter of its own, which the model does not have."""
+
+    def create_optimizer(self, *args):
+        optimizer = super().create_optimizer(*args)
+        if not hasattr(self, "weight"):
+            self.weight = nn.Parameter(torch.zeros(()))
+            optimizer.add_param_group({"params": [self.weight]})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss * torch.exp(-self.weight) + self.weight
+
+
+def with_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], **options: Any) -> Brought:
+    model = gpt2()
+    return Brought(model, optimizer=make(model), options=options)
+
+
+BROUGHT: dict[str, Callable[[], Brought]] = {
+    "detached head": lambda: Brought(DetachedHead()),
+    "early head": lambda: Brought(EarlyHead()),
+    "borrowed layer": lambda: Brought(BorrowedLayer()),
+    "weight norm of the head": lambda: Brought(Net(weight_norm, "head")),
+    "weight norm of the first": lambda: Brought(Net(weight_norm, "first")),
+    "spectral norm of layers": lambda: Brought(Net(spectral_norm, "layer")),
+    "parametrized": lambda: Brought(Net(parametrizations.weight_norm, "first")),
+    "list of weights": lambda: Brought(ListOfWeights()),
+    "lora on embeddings": lambda: Brought(lora(target_modules=["wte", "c_attn"], modules_to_save=["wpe"])),
+    "lora on tokens": lambda: Brought(
+        lora(target_modules=["c_attn"], trainable_token_indices={"wte": [1, 2]}, modules_to_save=["wpe"])
+    ),
+    "two halves": lambda: Brought(gpt2(), (TwoHalves,)),
+    "adversarial": lambda: Brought(gpt2(), (Adversarial,)),
+    "mask in the step": lambda: Brought(gpt2(), (MaskInStep,), options={"weight_decay": 0.0}),
+    "values clipped in the step": lambda: Brought(gpt2(), (ValueInStep,)),
+    "mask in a callback": lambda: Brought(gpt2(), callbacks=[MaskInCallback()], options={"weight_decay": 0.0}),
+    "norms after the step": lambda: Brought(gpt2(), callbacks=[NormsAfterStep()]),
+    "hooks at the beginning": lambda: Brought(gpt2(), callbacks=[HooksAfterOurs("train")]),
+    "hooks in the middle": lambda: Brought(gpt2(), callbacks=[HooksAfterOurs("step 2")]),
+    "two optimizers behind one": lambda: with_optimizer(chained),
+    "two optimizers, accumulating": lambda: with_optimizer(chained, gradient_accumulation_steps=2),
+    "unfrozen later": partly_frozen,
+    "frozen later": lambda: partly_frozen(frozen=False),
+    "a loss with a parameter": lambda: Brought(gpt2(), (WeightedLoss,), callbacks=[ZeroBeside()]),
+}
