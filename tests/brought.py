@@ -296,6 +296,20 @@ def with_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], **options
     return Brought(model, optimizer=make(model), options=options)
 
 
+def compiled(how: str) -> nn.Module:
+    """A model that the user has compiled, as a whole or in parts."""
+    model = gpt2()
+    if how == "whole":
+        return torch.compile(model, backend="aot_eager")
+    for part in (model,) if how == "in place" else model.transformer.h:
+        part.compile(backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, Callable[[], Brought]] = {
+    how: lambda how=how: Brought(compiled(how), options={"remove_unused_columns": False, "max_steps": 4})
+    for how in ("whole", "in place", "layers")
+}
 BROUGHT: dict[str, Callable[[], Brought]] = {
     "detached head": lambda: Brought(DetachedHead()),
     "early head": lambda: Brought(EarlyHead()),

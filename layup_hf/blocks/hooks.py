@@ -33,6 +33,7 @@ class BlockHooks:
         on_block_ready: Called with each block, in the order in which backward completes them.
         before_forward: Called with a block whose parameters may still be changed before they are used.
         is_synchronizing: Whether the backward pass now running ends an accumulation window.
+        stays_outside: Code of the model is compiled: the hooks on modules are then to be no part of it.
         steps_in_backward: Blocks step when they are complete. Otherwise they step after `finish_backward()`: then there
             may be several backward passes in a step.
     """
@@ -45,12 +46,14 @@ class BlockHooks:
         before_forward: Callable[[Block], None] = lambda block: None,
         is_synchronizing: Callable[[], bool] = lambda: True,
         steps_in_backward: bool = True,
+        stays_outside: bool = False,
     ) -> None:
         self._blocks = list(blocks)
         self._on_block_ready = on_block_ready
         self._before_forward = before_forward
         self._is_synchronizing = is_synchronizing
         self._steps_in_backward = steps_in_backward
+        self._stays_outside = stays_outside
         self._expected = [int(block.completes_late) for block in self._blocks]
         self._frozen: list[tuple[Block, int]] = []  # parameters without a hook so far
         self._late = {block.index for block in self._blocks if block.completes_late}
@@ -206,7 +209,7 @@ class BlockHooks:
             if index not in never_free:
                 self._before_forward(block)
 
-        return before_forward
+        return torch.compiler.disable(before_forward) if self._stays_outside else before_forward
 
     def _tell_pending(self) -> None:
         block, self._pending = self._pending, None

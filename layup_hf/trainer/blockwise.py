@@ -41,7 +41,9 @@ class BlockwiseModel:
         """
         accelerator = self._host.accelerator
         if training:
-            model = accelerator.unwrap_model(model, keep_torch_compile=False)  # an evaluation may have wrapped it
+            inner = accelerator.unwrap_model(model, keep_torch_compile=False)  # an evaluation may have wrapped it
+            own = self._host.model  # what the user has compiled stays so
+            model = own if accelerator.unwrap_model(own, keep_torch_compile=False) is inner else inner
         model = stock(model)
         if not training:
             return model

@@ -110,21 +110,21 @@ class BlockSteps:
         bias_every = host.options.bias_every
         self.bias = GradientBias(host.model, bias_every) if bias_every else None
         take_block = self._taking(self.clipper if clips else None)
-        accelerator = host.accelerator
+        accelerator, has_compiled_code = host.accelerator, is_compiled(host.model)
         self._hooks = BlockHooks(
             blocks,
             on_block_ready=self._completing(take_block if clips else None),
             before_forward=self._before_forward(),
             is_synchronizing=lambda: accelerator.sync_gradients,
             steps_in_backward=clips,
+            stays_outside=has_compiled_code,
         )
         optimizer.before_step, optimizer.take_block = self._hooks.finish_backward, take_block
         optimizer.take_whole = self._take_whole
         optimizer.around_step = self._directing(self.direction) if self.direction is not None else None
         self._model.install(self._hooks)
-        self._watch = (
-            None if is_compiled(host.model) or self._model.layers else UseWatch(host.model, blocks, self._hooks)
-        )
+        if not (self._model.layers or has_compiled_code):
+            self._watch = UseWatch(host.model, blocks, self._hooks)
 
     @property
     def _engine(self) -> GossipEngine | None:

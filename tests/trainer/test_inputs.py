@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from brought import BROUGHT, OLD, Brought, ByHeart, MaskInCallback, Net
+from brought import BROUGHT, COMPILED, OLD, Brought, ByHeart, MaskInCallback, Net
 from launching import run_cases
 from stock import BOTH, arguments, gpt2, same, text
 from transformers import TrainerCallback
@@ -71,6 +71,20 @@ def test_what_is_beside_the_model_is_agreed_on(real):
 
 def test_all_layers_move_once_they_are_unfrozen(real):
     assert all(mine["moved"] == 1.0 for mine in real["unfrozen later"])
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_what_the_user_has_compiled_stays_compiled(tmp_path, how):
+    """And hooks stay outside of it."""
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    (ours, trainer, output), (theirs, _, expected) = (train(tmp_path, COMPILED[how], *kind) for kind in BOTH)
+    assert graphs["unique_graphs"] > before
+    assert output.training_loss == pytest.approx(expected.training_loss, rel=1e-5)
+    assert type(trainer.model_wrapped) is type(ours.model) is type(theirs.model)
+    for mine, its in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)
 
 
 # ---- What is said ----
