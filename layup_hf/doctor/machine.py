@@ -15,6 +15,8 @@ BYTES_OF_ADAMW = 12
 """For each parameter that is trained in fp32: weight and two moments. Gradients are freed in backward."""
 
 _GIGABYTE = 10**9
+_UNLIMITED = 2**62
+_FILES, _FILES_OF_PEER, _USUAL_FILES = 128, 8, 1024
 _TRIAL_BYTES = 2**20  # written to see whether the disk takes it
 
 
@@ -77,17 +79,16 @@ def check_files(world_size: int, has_rdma: bool | None = None) -> list[Finding]:
         world_size: Workers of the job: each is a few sockets.
         has_rdma: Whether there is an RDMA device; None: look.
     """
-    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    least = 256 + 16 * world_size
-    raised = f"`ulimit -n {max(65536, least) if highest == resource.RLIM_INFINITY else highest}` before the launch"
-    findings = [Finding("files", f"{_limit(limit)} may be open")]
-    if limit != resource.RLIM_INFINITY and limit < 1024:
-        level, what = ("error", "needs about") if limit < least else ("warning", "does with")
-        text = f"only {limit} may be open; a worker among {world_size} {what} {least}, and data sets open more"
-        remedy = (
-            raised if highest == resource.RLIM_INFINITY or highest > limit else "raise the hard limit, too: " + raised
-        )
-        findings = [Finding("files", text, "error" if level == "error" else "warning", remedy)]
+    limit, highest = (_number(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
+    least = _FILES + _FILES_OF_PEER * world_size
+    findings = [Finding("files", f"{limit if limit < _UNLIMITED else 'any number'} may be open")]
+    if limit < max(least, _USUAL_FILES):
+        is_enough = limit >= least
+        text = f"only {limit} may be open; a worker among {world_size} takes up to {least}, and data sets take more"
+        remedy = f"`ulimit -n {min(highest, max(65536, least))}` before the launch"
+        if highest == limit or highest < least:
+            remedy = f"let it be {max(65536, least)}: in /etc/security/limits.conf, or `docker run --ulimit nofile=...`"
+        findings = [Finding("files", text, "warning" if is_enough else "error", remedy)]
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if (rdma_devices() if has_rdma is None else has_rdma) and locked != resource.RLIM_INFINITY:
         text = f"only {_bytes(locked)} of memory may be locked: RDMA needs to lock what it sends"
@@ -199,5 +200,5 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _limit(number: int) -> str:
-    return "any number" if number == resource.RLIM_INFINITY else str(number)
+def _number(limit: int) -> int:
+    return _UNLIMITED if limit == resource.RLIM_INFINITY else limit

@@ -29,7 +29,7 @@ Checks = Callable[[], list[Finding]]
 
 _SECONDS = 60.0
 _OPEN_PORTS = "all TCP ports must be open between the machines: look for a firewall, and at `--network_interface`"
-_ONE_CONTAINER = "run all workers of a machine as one user, in one container"
+_OF_GPUS = "on GPUs, all workers of a machine must see all of its GPUs, as one user, in one container"
 
 
 def run(check_seams: Callable[[], None], working: Mapping[str, str]) -> NoReturn:
@@ -132,12 +132,12 @@ class Examination:
             self._look("network", self._links, limit, remedy=_OPEN_PORTS)
             self._look("disk", self._shared_disk, limit)
         self._look("group", self._collective, limit, remedy=_OPEN_PORTS)
-        self._look("exchange", self._exchange, limit, remedy=_ONE_CONTAINER)
+        self._look("exchange", self._exchange, limit, remedy=_OF_GPUS if self._has_gpu() else "")
 
     def _interface(self) -> list[Finding]:
         from .together import check_interface
 
-        return check_interface(self._options.network_interface, len({card.host for card in self._cards}))
+        return check_interface(self._options.network_interface, self._cards)
 
     def _nixl(self) -> list[Finding]:
         from .together import Card, check_nixl
@@ -188,6 +188,12 @@ class Examination:
 
         return device_of(self._local_rank)
 
+    def _has_gpu(self) -> bool:
+        try:
+            return self._device().type != "cpu"
+        except ImportError:
+            return False
+
     # ---- The end ----
 
     def _conclude(self) -> int:
@@ -200,14 +206,15 @@ class Examination:
         except Exception as error:  # the store has gone: everybody reports alone
             text = f"the store of the launch does not answer any more: {message_of(error)}"
             remedy = "has another worker died, or rank 0's machine? Look at its log"
-            self._findings.append(Finding("workers", text, "error", remedy))
-            return self._print({self._rank: self._findings})
+            alone = Finding("workers", f"rank {self._rank} reports alone, as {text}", "error", remedy)
+            return self._print({self._rank: [alone, *self._findings]})
         if not outcome.is_mine:
             return int(outcome.has_failed)
         findings = dict(outcome.findings)
         if silent := [rank for rank in range(self._world_size) if rank not in findings]:
-            mine = findings.setdefault(self._rank, self._findings)
-            findings[self._rank] = [*mine, *(self._absence(rank) for rank in silent)]
+            findings.setdefault(self._rank, self._findings)
+            absences = [self._absence(rank) for rank in silent]
+            findings = {rank: [*absences, *theirs] for rank, theirs in findings.items()}
         code = self._print(findings)
         try:
             within(self._seconds, lambda: meeting.tell(code != 0, len(findings) - 1))

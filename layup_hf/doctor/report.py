@@ -21,7 +21,7 @@ def has_failed(findings: Mapping[int, Sequence[Finding]]) -> bool:
 
 
 def report(headline: str, findings: Mapping[int, Sequence[Finding]], workers: int) -> str:
-    """The report: a line for each check; where workers differ, one for each that differs, with their ranks.
+    """The report: a line for each check; where those who have answered differ, one for each finding, with its ranks.
 
     Args:
         headline: What this is a report of.
@@ -31,7 +31,7 @@ def report(headline: str, findings: Mapping[int, Sequence[Finding]], workers: in
     lines = [headline]
     for name in dict.fromkeys(finding.name for theirs in findings.values() for finding in theirs):
         for finding, ranks in _groups(name, findings):
-            where = "" if len(ranks) == len(findings) == workers or workers == 1 else f"{_ranks(ranks)}: "
+            where = "" if len(ranks) == len(findings) else f"{_ranks(ranks)}: "
             lines += _lines(finding, where)
     lines.append(_verdict(findings, workers))
     return "\n".join(lines)

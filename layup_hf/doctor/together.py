@@ -35,6 +35,7 @@ class Card:
 
     Attributes:
         host: Names its machine and container.
+        network: Names what its loopback interface reaches.
         node: Name of the machine, for people.
         process: Its number there.
         secret: A hash of LAYUP_TOKEN, if that is set.
@@ -43,6 +44,7 @@ class Card:
     """
 
     host: str
+    network: str
     node: str
     process: int
     secret: str | None
@@ -54,7 +56,8 @@ class Card:
         token, is_given = job_token(), bool(os.environ.get(TOKEN_VARIABLE))
         secret = hashlib.sha256(token).hexdigest() if is_given else None
         drawn = b"" if is_given else token
-        return cls(opening.host(), os.uname().nodename, os.getpid(), secret, drawn, installed())
+        network = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+        return cls(opening.host(), network, os.uname().nodename, os.getpid(), secret, drawn, installed())
 
 
 def token_of(cards: Sequence[Card]) -> bytes:
@@ -82,7 +85,7 @@ def check_secret(cards: Sequence[Card]) -> list[Finding]:
     return [Finding("secret", text, "warning", f"set {TOKEN_VARIABLE} to the same secret for all workers")]
 
 
-def check_interface(name: str | None, hosts: int) -> list[Finding]:
+def check_interface(name: str | None, cards: Sequence[Card]) -> list[Finding]:
     """Which network interface would be used; with several launches, it is from here on."""
     towards = os.environ.get("MASTER_ADDR") or "127.0.0.1"
     if launches() == 1 and name is None:
@@ -103,7 +106,7 @@ def check_interface(name: str | None, hosts: int) -> list[Finding]:
     if others:
         text += f", but {', '.join(f'{variable}={value}' for variable, value in others.items())}"
         return [Finding("interface", text, "warning", "unset these variables, or make sure that they are meant")]
-    if hosts > 1 and network.address.startswith("127."):
+    if len({card.network for card in cards}) > 1 and network.address.startswith("127."):
         text += ": other machines do not reach this one by it"
         return [Finding("interface", text, "error", "give another address as `--main_process_ip`")]
     return [Finding("interface", text)]
