@@ -19,14 +19,15 @@ def device_of(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def check_devices(workers: int) -> list[Finding]:
+def check_devices(workers: int, is_alone: bool = False) -> list[Finding]:
     """What there is, and how many workers that gives.
 
     Args:
         workers: On this machine.
+        is_alone: Whether there is one process, which may not be all that are to be started.
     """
     if not torch.cuda.is_available():
-        return [_without_gpu(workers)]
+        return [_without_gpu(workers, is_alone)]
     number, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     kinds = sorted({torch.cuda.get_device_name(index) for index in range(number)})
     text = f"{number} GPU(s), {' and '.join(kinds)}"
@@ -76,7 +77,7 @@ def check_gpus_together(
     return findings
 
 
-def _without_gpu(workers: int) -> Finding:
+def _without_gpu(workers: int, is_alone: bool) -> Finding:
     cores, visible = len(os.sched_getaffinity(0)), os.environ.get("CUDA_VISIBLE_DEVICES")
     built = torch.version.cuda
     if built is not None and visible != "":
@@ -87,6 +88,9 @@ def _without_gpu(workers: int) -> Finding:
     if workers > cores:
         text = f"{why}; {workers} workers for {cores} CPU core(s): they take turns"
         return Finding("devices", text, "warning", f"`--num_processes {cores}` for this machine")
+    if is_alone and cores > 1:
+        how = f"up to one worker on each: `--multi_gpu --num_processes {cores}` with `use_cpu=True`"
+        return Finding("devices", f"{why}; {cores} CPU cores: {how}")
     return Finding("devices", f"{why}; {workers} worker(s) on {cores} CPU core(s)")
 
 

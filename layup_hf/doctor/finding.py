@@ -18,12 +18,12 @@ class Finding:
         text: What has been found.
         level: How bad it is.
         remedy: What to do, if anything is to be done.
-        is_measured: Whether the text has numbers that differ a little on every worker: where all are well, one of
-            them speaks for all.
+        score: How good what has been measured is, where the text has numbers that differ on every worker: if all are
+            well, the one with the lowest score speaks for all.
     """
 
     name: str
     text: str
     level: Level = "ok"
     remedy: str = ""
-    is_measured: bool = False
+    score: float | None = None

@@ -43,7 +43,7 @@ def check_memory(workers: int, root: Path = Path("/")) -> list[Finding]:
         f"{share / _GIGABYTE:.0f} GB for each worker ({source}): room for {_count(share / BYTES_OF_ADAMW)} "
         "parameters with AdamW in fp32, less activations"
     )
-    return [Finding("memory", text, is_measured=True)]
+    return [Finding("memory", text, score=share)]
 
 
 def check_shared_memory_folder(folder: Path = Path("/dev/shm")) -> list[Finding]:
@@ -69,7 +69,7 @@ def check_shared_memory_folder(folder: Path = Path("/dev/shm")) -> list[Finding]
                 "start the container with `--shm-size=8g` (or `--ipc=host`), or set `dataloader_num_workers=0`",
             )
         ]
-    return [Finding("shm", f"{folder} has {_bytes(size.free)} free; LayUp itself does not use it", is_measured=True)]
+    return [Finding("shm", f"{folder} has {_bytes(size.free)} free; LayUp itself does not use it", score=size.free)]
 
 
 def check_files(world_size: int, has_rdma: bool | None = None) -> list[Finding]:
@@ -116,7 +116,7 @@ def check_disk(output_dir: Path) -> list[Finding]:
         room = _count(free / BYTES_OF_ADAMW)
         text += f": one checkpoint of a model of {room} parameters, with the optimizer of one worker"
         return [Finding("disk", text, "warning", "free some space, or set `save_total_limit` or `save_only_model`")]
-    return [Finding("disk", text, is_measured=True)]
+    return [Finding("disk", text, score=free)]
 
 
 def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
@@ -136,7 +136,8 @@ def _nearest(path: Path) -> Path:
 
 def _is_full(folder: Path) -> bool:
     with contextlib.suppress(OSError):
-        return shutil.disk_usage(folder).free < 2 * _TRIAL_BYTES
+        size = shutil.disk_usage(folder)
+        return size.total > 0 and size.free < 2 * _TRIAL_BYTES
     return False
 
 

@@ -114,7 +114,7 @@ class Examination:
         hosts = [card.host for card in self._cards]
         here = hosts.count(hosts[self._rank]) if hosts else self._local_size
         options = self._options
-        self._look("devices", lambda: _devices(here))
+        self._look("devices", lambda: _devices(here, self._world_size == 1))
         self._look("memory", lambda: machine.check_memory(here))
         self._look("shm", machine.check_shared_memory_folder)
         self._look("files", lambda: machine.check_files(self._world_size))
@@ -211,10 +211,12 @@ class Examination:
         if not outcome.is_mine:
             return int(outcome.has_failed)
         findings = dict(outcome.findings)
-        if silent := [rank for rank in range(self._world_size) if rank not in findings]:
-            findings.setdefault(self._rank, self._findings)
-            absences = [self._absence(rank) for rank in silent]
-            findings = {rank: [*absences, *theirs] for rank, theirs in findings.items()}
+        findings.setdefault(self._rank, self._findings)
+        absences = [self._absence(rank) for rank in range(self._world_size) if rank not in findings]
+        if outcome.late:
+            text = f"{meeting.missed()}: what takes all workers has not been looked at"
+            absences.append(Finding("workers", text, "error", "give it more time: a larger `--timeout`"))
+        findings = {rank: [*absences, *theirs] for rank, theirs in findings.items()}
         code = self._print(findings)
         try:
             within(self._seconds, lambda: meeting.tell(code != 0, len(findings) - 1))
@@ -247,14 +249,14 @@ class Examination:
             )
         launches = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         hosts = len({card.host for card in self._cards})
-        places = f" on {hosts} machine(s)" if hosts else ""
+        places = f" on {hosts} host(s)" if hosts else ""
         return f"LayUp, looked at by {self._world_size} workers{places}, started by {launches} launch(es):"
 
 
-def _devices(workers: int) -> list[Finding]:
+def _devices(workers: int, is_alone: bool) -> list[Finding]:
     from .devices import check_devices
 
-    return check_devices(workers)
+    return check_devices(workers, is_alone)
 
 
 def _state_of(process: int) -> str | None:

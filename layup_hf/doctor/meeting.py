@@ -34,11 +34,13 @@ class Outcome:
         findings: Of each worker that has answered, by rank.
         is_mine: Whether this worker is the one that reports.
         has_failed: What the one that reports has made of it, if another does.
+        late: Who has answered in the end, but not in time before.
     """
 
     findings: dict[int, list[Finding]]
     is_mine: bool
     has_failed: bool = False
+    late: frozenset[int] = frozenset()
 
 
 def connect() -> Store:
@@ -119,7 +121,8 @@ class Meeting:
         missing = self._await("last", everybody - self._silent, self._seconds, ends_early=False)
         missing |= self._await("last", everybody & self._silent, _SHORT, ends_early=False)
         answers = {rank: _unpacked(self._store.get(f"last/{rank}")) for rank in sorted(everybody - missing)}
-        return Outcome(answers, self._store.add("reporter", 1) == 1, has_failed=True)
+        late = frozenset(self._silent & set(answers))
+        return Outcome(answers, self._store.add("reporter", 1) == 1, has_failed=True, late=late)
 
     def tell(self, has_failed: bool, others: int) -> None:
         """Say what has come of it, and wait a moment for so many others to hear it: the store may end with this."""

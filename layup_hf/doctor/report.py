@@ -41,8 +41,9 @@ def _groups(name: str, findings: Mapping[int, Sequence[Finding]]) -> list[tuple[
     """Each finding of a check, with the ranks that have it."""
     found = {rank: [one for one in theirs if one.name == name] for rank, theirs in findings.items()}
     every = [finding for theirs in found.values() for finding in theirs]
-    if all(finding.level == "ok" for finding in every) and any(finding.is_measured for finding in every):
-        return [(every[0], list(findings))]
+    scores = [finding.score for finding in every if finding.level == "ok" and finding.score is not None]
+    if len(scores) == len(every):
+        return [(every[scores.index(min(scores))], list(findings))]
     groups: dict[Finding, list[int]] = {}
     for rank, theirs in found.items():
         for finding in theirs:

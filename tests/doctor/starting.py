@@ -54,6 +54,10 @@ def is_on_another_host():
     mock.patch("layup_hf.windows.opening.host", return_value="elsewhere").start()
 
 
+def is_behind_a_firewall():
+    mock.patch.object(together, "measure", side_effect=TimeoutError("timed out")).start()
+
+
 def has_another_torch():
     metadata = importlib.metadata
     real = metadata.version
@@ -62,6 +66,10 @@ def has_another_torch():
 
 def hangs_in_a_check():
     main.machine.check_disk = lambda folder: time.sleep(1000)
+
+
+def comes_late():
+    time.sleep(4)
 
 
 def freezes():

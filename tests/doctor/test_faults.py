@@ -51,7 +51,7 @@ def examine(starter, tmp_path):
             "arguments": ["--output_dir", str(tmp_path), "--timeout", str(timeout), *arguments],
             "environment": environment or {},
             "ends_all": ends_all,
-            "faults": {str(rank): [fault] for rank, fault in (faults or {}).items()},
+            "faults": {str(rank): names.split() for rank, names in (faults or {}).items()},
         }
         starter.stdin.write(json.dumps(order) + "\n")
         starter.stdin.flush()
@@ -81,6 +81,10 @@ def plain(text):
         else:
             lines.append(" ".join(line.split()))
     return "\n".join(lines)
+
+
+def can_mount():
+    return not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
 
 
 def test_workers_that_have_all(examine):
@@ -149,6 +153,21 @@ def test_an_interface_that_is_not_there(examine):
     assert "ERROR interface network_interface='ib7' is no interface with an IPv4 address" in reports[0]
 
 
+def test_a_machine_that_is_not_reached(examine):
+    codes, reports = examine(2, {0: "is_behind_a_firewall", 1: "is_on_another_host"}, SEVERAL)
+    assert codes == {0: 1, 1: 1}
+    assert "ERROR network rank 0: 127.0.0.1:" in reports[0]
+    assert "is not reached: timed out -> look for a firewall" in reports[0]
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
+def test_machines_without_a_common_disk(examine, tmp_path):
+    codes, reports = examine(2, {1: "is_on_another_host has_a_small_disk"}, SEVERAL)
+    assert codes == {0: 0, 1: 0}
+    assert f"warning disk rank 1 has another {tmp_path} than rank 0: its optimizer's state" in reports[0]
+    assert not list(tmp_path.glob(".layup-doctor*"))
+
+
 def test_too_few_files(examine):
     codes, reports = examine(2, {1: "has_few_files"})
     assert codes == {0: 1, 1: 1}
@@ -164,14 +183,10 @@ def test_memory_that_cannot_be_mapped(examine):
 
 
 def test_a_disk_that_hangs(examine):
-    codes, reports = examine(2, {1: "hangs_in_a_check"}, timeout=4)
+    codes, reports = examine(2, {1: "hangs_in_a_check"}, timeout=8)
     assert codes == {0: 1, 1: 1}
-    assert "ERROR disk rank 1: This did not end within 2 s." in reports[0]
+    assert "ERROR disk rank 1: This did not end within 4 s." in reports[0]
     assert "ok exchange" in reports[0]
-
-
-def can_mount():
-    return not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
@@ -199,14 +214,22 @@ def test_a_file_system(examine, tmp_path, fault, said):
 
 @pytest.mark.parametrize(("rank", "fault"), [(0, "freezes_at_once"), (0, "freezes"), (2, "freezes")])
 def test_a_worker_that_hangs(examine, fault, rank):
-    codes, reports = examine(3, {rank: fault}, timeout=2, stays=[rank])
+    codes, reports = examine(3, {rank: fault}, timeout=4, stays=[rank])
     assert set(codes.values()) == {1}
     reporter = 1 if rank == 0 else 0
     assert f"ERROR workers rank {rank} does not answer" in reports[reporter]
     if fault == "freezes":
         assert ": it is stopped -> `kill -CONT" in reports[reporter]
-        assert f"-- exchange not looked at: rank {rank} has not answered within 2" in reports[reporter]
+        assert f"-- exchange not looked at: rank {rank} has not answered within 4" in reports[reporter]
     assert sum("Training would not work here" in report for report in reports.values()) == 1
+
+
+def test_a_worker_that_is_too_late(examine):
+    """What has not been looked at is not well."""
+    codes, reports = examine(2, {1: "comes_late"}, timeout=3)
+    assert codes == {0: 1, 1: 1}
+    assert "ERROR workers rank 1 " in reports[0]
+    assert "Training would not work here: see workers." in reports[0]
 
 
 def test_a_worker_that_dies(examine):
@@ -219,6 +242,6 @@ def test_a_worker_that_dies(examine):
 
 
 def test_a_worker_that_dies_in_another_launch(examine):
-    codes, reports = examine(2, {1: "dies"}, SEVERAL, timeout=2)
+    codes, reports = examine(2, {1: "dies"}, SEVERAL, timeout=4)
     assert codes == {0: 1, 1: 3}
     assert ": it has died -> look at its log" in reports[0]

@@ -70,7 +70,7 @@ def test_one_process_that_lacks_a_seam(launched):
 def test_two_workers(launched):
     code, output = launched["two"]
     assert code == 0, output
-    assert output.count("LayUp, looked at by 2 workers on 1 machine(s), started by 1 launch(es):") == 1
+    assert output.count("LayUp, looked at by 2 workers on 1 host(s), started by 1 launch(es):") == 1
     assert "ok      exchange   peers read each other's memory in place: offered, merged, mass exact" in output
     assert "ok      store      answers in" in output
 
@@ -80,7 +80,7 @@ def test_two_machines(launched):
     code, output = launched[0]
     assert code == 0, output
     assert launched[1][0] == 0, launched[1][1]
-    assert "LayUp, looked at by 2 workers on 2 machine(s), started by 2 launch(es):" in output
+    assert "LayUp, looked at by 2 workers on 2 host(s), started by 2 launch(es):" in output
     assert "looked at" not in launched[1][1]
     assert "ok      interface  rank 0: e0 (10.199.0.1)" in output
     assert "ok      interface  rank 1: e0 (10.199.0.2)" in output

@@ -132,6 +132,17 @@ def test_more_workers_than_cores(monkeypatch):
     assert found.text.endswith("3 workers for 2 CPU core(s): they take turns")
 
 
+def test_one_process_is_told_how_many_workers_there_could_be(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    (found,) = devices.check_devices(1, is_alone=True)
+    assert found.text.endswith(
+        "3 CPU cores: up to one worker on each: `--multi_gpu --num_processes 3` with `use_cpu=True`"
+    )
+    (found,) = devices.check_devices(1)
+    assert found.text.endswith("1 worker(s) on 3 CPU core(s)")
+
+
 # ---- Links ----
 
 
@@ -162,21 +173,21 @@ def test_a_link_that_is_not_there():
 
 
 def test_the_report_names_ranks_that_differ():
-    good, slow = Finding("disk", "fast", is_measured=True), Finding("disk", "faster", is_measured=True)
+    fast, slow = Finding("disk", "fast", score=2), Finding("disk", "slow", score=1)
     bad = Finding("versions", "old", "error", "buy a new one")
     warned = Finding("shm", "small", "warning")
     findings = {
-        0: [Finding("versions", "new"), good, warned],
+        0: [Finding("versions", "new"), fast, warned],
         1: [Finding("versions", "new"), slow, warned],
-        2: [bad, good, warned],
-        3: [Finding("versions", "new"), good, warned],
+        2: [bad, fast, warned],
+        3: [Finding("versions", "new"), fast, warned],
     }
     assert report("All:", findings, 4).splitlines() == [
         "All:",
         "  ok      versions   rank 0-1, 3: new",
         "  ERROR   versions   rank 2: old",
         "                     -> buy a new one",
-        "  ok      disk       fast",
+        "  ok      disk       slow",
         "  warning shm        small",
         "Training would not work here: see versions.",
     ]
