@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -222,6 +223,26 @@ def test_a_worker_that_hangs(examine, fault, rank):
         assert ": it is stopped -> `kill -CONT" in reports[reporter]
         assert f"-- exchange not looked at: rank {rank} has not answered within 4" in reports[reporter]
     assert sum("Training would not work here" in report for report in reports.values()) == 1
+
+
+@pytest.fixture
+def by_another_launcher():
+    """Environment of a launcher that keeps no store: rank 0 does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def test_a_launcher_without_a_store(examine, by_another_launcher):
+    codes, reports = examine(2, environment=by_another_launcher)
+    assert codes == {0: 0, 1: 0}
+    assert "ok exchange" in reports[0]
+
+
+def test_who_loses_the_store_reports_alone(examine, by_another_launcher):
+    codes, reports = examine(2, {0: "dies"}, by_another_launcher, timeout=4)
+    assert codes == {0: 3, 1: 1}
+    assert "ERROR workers rank 1 reports alone, as the store of the launch does not answer any more:" in reports[1]
 
 
 def test_a_worker_that_is_too_late(examine):
