@@ -8,7 +8,6 @@ import statistics
 import struct
 import threading
 import time
-from dataclasses import dataclass
 
 from ..fleet.network import is_signed, sign
 
@@ -20,19 +19,6 @@ _CHUNK = bytes(256 * 1024)
 _BUFFER = 2**20  # what is on its way when sending ends
 _COUNT = struct.Struct("<Q")
 _SIGNATURE_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one direction.
-
-    Attributes:
-        round_trip: Seconds, the median of some.
-        rate: Bytes a second.
-    """
-
-    round_trip: float
-    rate: float
 
 
 class Sink:
@@ -75,32 +61,54 @@ class Sink:
         return True
 
 
-def measure(place: tuple[str, int], token: bytes, seconds: float) -> Speed:
-    """Send something to a `Sink`.
+class Probe:
+    """The other end of a `Sink`. A context manager.
+
+    Args:
+        place: Of the sink.
+        token: The job's secret.
+        seconds: How long anything may take.
 
     Raises:
-        OSError: It is not reached, or not in time.
+        OSError: It is not reached; here, and in the methods, each of which is called once, in this order.
     """
-    with socket.create_connection(place, timeout=seconds) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(sign(token, _PURPOSE))
+
+    def __init__(self, place: tuple[str, int], token: bytes, seconds: float) -> None:
+        self._connection = socket.create_connection(place, timeout=seconds)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection.sendall(sign(token, _PURPOSE))
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+
+    def round_trip(self) -> float:
+        """Seconds there and back, the median of some."""
         times = []
         for _ in range(_PINGS):
             began = time.perf_counter()
-            connection.sendall(b"?")
-            if not connection.recv(1):
-                raise ConnectionError("the other side has closed the connection")
+            self._connection.sendall(b"?")
+            self._answer(1)
             times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def rate(self) -> float:
+        """Bytes a second."""
         began, sent = time.perf_counter(), 0
         while time.perf_counter() - began < _SECONDS and sent < _MOST_BYTES:
-            sent += connection.send(_CHUNK)
-        connection.shutdown(socket.SHUT_WR)
+            sent += self._connection.send(_CHUNK)
+        self._connection.shutdown(socket.SHUT_WR)
+        (received,) = _COUNT.unpack(self._answer(_COUNT.size))
+        return received / (time.perf_counter() - began)
+
+    def _answer(self, count: int) -> bytes:
         try:
-            (received,) = _COUNT.unpack(_exactly(connection, _COUNT.size))
+            return _exactly(self._connection, count)
         except EOFError as error:
             raise ConnectionError("the other side has closed the connection") from error
-        return Speed(statistics.median(times), received / (time.perf_counter() - began))
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -21,7 +22,7 @@ from ..windows import opening
 from ..windows.transport import Transport
 from .finding import Finding
 from .libraries import installed
-from .link import Sink, Speed, measure
+from .link import Probe, Sink
 from .machine import rdma_devices
 
 _ASKS, _ASKING_SECONDS = 50, 1.0
@@ -154,36 +155,44 @@ def check_links(
     """Measure the network from each host to the next, by the first worker of each. Collective."""
     hosts = sorted({card.host for card in cards}, key=[card.host for card in cards].index)
     leaders = [next(other for other, card in enumerate(cards) if card.host == host) for host in hosts]
-    place, speed, failure = None, None, ""
-    if rank in leaders:
+    place, failure, probe, round_trip, rate = None, "", None, 0.0, 0.0
+    with contextlib.ExitStack() as stack:
+        if rank in leaders:
+            try:
+                network = Network.find(interface, os.environ.get("MASTER_ADDR") or "127.0.0.1")
+                place = Sink(network.address, token, seconds).place
+            except (OSError, ValueError) as error:
+                failure = str(error)
+        places = gather(place)
+        there: tuple[str, int] | None = places[_next(leaders, rank)] if rank in leaders else None
+        reached = "{}:{}".format(*there) if there is not None else ""
         try:
-            network = Network.find(interface, os.environ.get("MASTER_ADDR") or "127.0.0.1")
-            place = Sink(network.address, token, seconds).place
-        except (OSError, ValueError) as error:
-            failure = str(error)
-    places = gather(place)
-    if rank in leaders:
-        there = places[leaders[(leaders.index(rank) + 1) % len(leaders)]]
-        try:
-            speed = measure(there, token, seconds) if there is not None else None
+            if there is not None:
+                probe = stack.enter_context(Probe(there, token, seconds))
+                round_trip = probe.round_trip()
         except OSError as error:
-            failure = f"{there[0]}:{there[1]} is not reached: {error}"
-    answers: list[tuple[Speed | None, str]] = gather((speed, failure))
-    if failures := [f"rank {leader}: {answers[leader][1]}" for leader in leaders if answers[leader][1]]:
+            failure, probe = f"{reached} is not reached: {error}", None
+        gather(None)  # until here nobody has sent much
+        try:
+            rate = probe.rate() if probe is not None else 0.0
+        except OSError as error:
+            failure = f"{reached} has not taken what was sent: {error}"
+        answers: list[tuple[float, float, str]] = gather((round_trip, rate, failure))
+    if failures := [f"rank {leader}: {answers[leader][2]}" for leader in leaders if answers[leader][2]]:
         remedy = "look for a firewall: all TCP ports must be open between the machines; or name `network_interface`"
         return [Finding("network", "; ".join(failures), "error", remedy)]
-    speeds = {leader: found for leader in leaders if (found := answers[leader][0]) is not None}
-    if len(speeds) < len(leaders):
-        return [Finding("network", "could not be measured", "warning")]
-    slowest = min(speeds, key=lambda leader: speeds[leader].rate)
-    target = leaders[(leaders.index(slowest) + 1) % len(leaders)]
-    found = speeds[slowest]
+    slowest = min(leaders, key=lambda leader: answers[leader][1])
+    round_trip, rate, _ = answers[slowest]
     text = (
-        f"{8 * found.rate / 1e6:.3g} Mbit/s and {1000 * found.round_trip:.2g} ms there and back, from "
-        f"{cards[slowest].node} to {cards[target].node} by one TCP connection: {found.rate / 4e6:.2g} million "
-        "parameters in fp32 a second"
+        f"{8 * rate / 1e6:.3g} Mbit/s and {1000 * round_trip:.2g} ms there and back, from {cards[slowest].node} to "
+        f"{cards[_next(leaders, slowest)].node} by one TCP connection: {rate / 4e6:.2g} million parameters in fp32 a "
+        "second"
     )
     return [Finding("network", text + (f" (the slowest of {len(leaders)} links)" if len(leaders) > 2 else ""))]
+
+
+def _next(leaders: Sequence[int], rank: int) -> int:
+    return leaders[(leaders.index(rank) + 1) % len(leaders)]
 
 
 def marker(output_dir: Path) -> Path | None:

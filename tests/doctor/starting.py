@@ -55,7 +55,7 @@ def is_on_another_host():
 
 
 def is_behind_a_firewall():
-    mock.patch.object(together, "measure", side_effect=TimeoutError("timed out")).start()
+    mock.patch.object(together, "Probe", side_effect=TimeoutError("timed out")).start()
 
 
 def has_another_torch():

@@ -184,9 +184,9 @@ def test_memory_that_cannot_be_mapped(examine):
 
 
 def test_a_disk_that_hangs(examine):
-    codes, reports = examine(2, {1: "hangs_in_a_check"}, timeout=8)
+    codes, reports = examine(2, {1: "hangs_in_a_check"}, timeout=6)
     assert codes == {0: 1, 1: 1}
-    assert "ERROR disk rank 1: This did not end within 4 s." in reports[0]
+    assert "ERROR disk rank 1: This did not end within 3 s." in reports[0]
     assert "ok exchange" in reports[0]
 
 
@@ -213,15 +213,15 @@ def test_a_file_system(examine, tmp_path, fault, said):
     assert "ok exchange" in reports[0]
 
 
-@pytest.mark.parametrize(("rank", "fault"), [(0, "freezes_at_once"), (0, "freezes"), (2, "freezes")])
+@pytest.mark.parametrize(("rank", "fault"), [(0, "freezes_at_once"), (2, "freezes")])
 def test_a_worker_that_hangs(examine, fault, rank):
-    codes, reports = examine(3, {rank: fault}, timeout=4, stays=[rank])
+    codes, reports = examine(3, {rank: fault}, timeout=3, stays=[rank])
     assert set(codes.values()) == {1}
     reporter = 1 if rank == 0 else 0
     assert f"ERROR workers rank {rank} does not answer" in reports[reporter]
     if fault == "freezes":
         assert ": it is stopped -> `kill -CONT" in reports[reporter]
-        assert f"-- exchange not looked at: rank {rank} has not answered within 4" in reports[reporter]
+        assert f"-- exchange not looked at: rank {rank} has not answered within 3" in reports[reporter]
     assert sum("Training would not work here" in report for report in reports.values()) == 1
 
 
@@ -240,7 +240,7 @@ def test_a_launcher_without_a_store(examine, by_another_launcher):
 
 
 def test_who_loses_the_store_reports_alone(examine, by_another_launcher):
-    codes, reports = examine(2, {0: "dies"}, by_another_launcher, timeout=4)
+    codes, reports = examine(2, {0: "dies"}, by_another_launcher, timeout=3)
     assert codes == {0: 3, 1: 1}
     assert "ERROR workers rank 1 reports alone, as the store of the launch does not answer any more:" in reports[1]
 
@@ -263,6 +263,6 @@ def test_a_worker_that_dies(examine):
 
 
 def test_a_worker_that_dies_in_another_launch(examine):
-    codes, reports = examine(2, {1: "dies"}, SEVERAL, timeout=4)
+    codes, reports = examine(2, {1: "dies"}, SEVERAL, timeout=3)
     assert codes == {0: 1, 1: 3}
     assert ": it has died -> look at its log" in reports[0]

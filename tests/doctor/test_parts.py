@@ -149,24 +149,25 @@ def test_one_process_is_told_how_many_workers_there_could_be(monkeypatch):
 def test_a_link_is_measured_in_a_second():
     sink = link.Sink("127.0.0.1", b"secret", 10)
     began = time.monotonic()
-    speed = link.measure(sink.place, b"secret", 10)
+    with link.Probe(sink.place, b"secret", 10) as probe:
+        assert 0 < probe.round_trip() < 1
+        assert probe.rate() > 1e6
     assert time.monotonic() - began < 5
-    assert 0 < speed.round_trip < 1
-    assert speed.rate > 1e6
 
 
 def test_who_does_not_know_the_secret_measures_nothing_and_is_in_nobodys_way():
     sink = link.Sink("127.0.0.1", b"secret", 10)
-    with pytest.raises(OSError, match=r"closed|reset|pipe"):
-        link.measure(sink.place, b"another", 10)
-    assert link.measure(sink.place, b"secret", 10).rate > 1e6
+    with link.Probe(sink.place, b"another", 10) as probe, pytest.raises(OSError, match=r"closed|reset|pipe"):
+        probe.round_trip()
+    with link.Probe(sink.place, b"secret", 10) as probe:
+        assert probe.round_trip() < 1
 
 
 def test_a_link_that_is_not_there():
     sink = link.Sink("127.0.0.1", b"secret", 0.1)
     time.sleep(0.5)
     with pytest.raises(OSError, match="refused"):
-        link.measure(sink.place, b"secret", 1)
+        link.Probe(sink.place, b"secret", 1)
 
 
 # ---- The report ----
