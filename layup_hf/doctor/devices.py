@@ -11,6 +11,7 @@ import torch
 from .finding import Finding
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -85,6 +86,12 @@ def _without_gpu(workers: int, is_alone: bool) -> Finding:
         why += f", as CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
     else:
         why = "no GPU, as CUDA_VISIBLE_DEVICES is empty" if built is not None else "no GPU: this torch is for CPUs"
+    if visible != "" and _DRIVER.exists():
+        text = f"{why}, but this machine has NVIDIA's driver ({workers} worker(s) on {cores} CPU core(s))"
+        remedy = (
+            "install a torch for this driver's CUDA, and start a container with `--gpus all`; or set `use_cpu=True`"
+        )
+        return Finding("devices", text, "warning", remedy)
     if workers > cores:
         text = f"{why}; {workers} workers for {cores} CPU core(s): they take turns"
         return Finding("devices", text, "warning", f"`--num_processes {cores}` for this machine")

@@ -43,6 +43,8 @@ def try_exchange(
     Raises:
         Exception: Windows cannot be opened; with the reason, and the remedy where there is one.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
     model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(2))).to(device)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -143,6 +143,21 @@ def test_one_process_is_told_how_many_workers_there_could_be(monkeypatch):
     assert found.text.endswith("1 worker(s) on 3 CPU core(s)")
 
 
+def test_a_driver_without_a_gpu_that_torch_can_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(devices, "_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = devices.check_devices(1)
+    assert found.level == "warning"
+    assert found.text.startswith(
+        "no GPU that torch (built for CUDA 12.8) can use, but this machine has NVIDIA's driver"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (found,) = devices.check_devices(1)
+    assert (found.level, found.text.partition(";")[0]) == ("ok", "no GPU, as CUDA_VISIBLE_DEVICES is empty")
+
+
 # ---- Links ----
 
 
