@@ -1,15 +1,21 @@
 """Layer-wise gossip training (LayUp) for Hugging Face Transformers."""
 
+from .doctor.called import is_called
 from .trainer.seams import check_seams
 
-check_seams()  # before anything imports what an unknown version may lack
-
-from .config import LayupConfig, LayupOptions  # noqa: E402
-from .trainer.mixin import LayupMixin, LayupTrainer  # noqa: E402
-from .trainer.straggler import StragglerCallback  # noqa: E402
-from .windows.straggler import StragglerConfig  # noqa: E402
-
 __version__ = "0.1.0"
+
+try:
+    check_seams()  # before anything imports what an unknown version may lack
+
+    from .config import LayupConfig, LayupOptions
+    from .trainer.mixin import LayupMixin, LayupTrainer
+    from .trainer.straggler import StragglerCallback
+    from .windows.straggler import StragglerConfig
+except Exception:
+    if not is_called():  # `python -m layup_hf` reports it, with all else that it finds
+        raise
+
 __all__ = [
     "LayupConfig",
     "LayupMixin",

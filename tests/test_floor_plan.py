@@ -12,8 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "layup_hf"
 TOP = "the package itself"
 
-FLOORS = [{TOP, "config"}, {"trainer"}, {"gossip"}, {"windows", "optim"}, {"ledger", "blocks", "fleet", "progress"}]
-"""From the top: a module imports from its own room and from the floors below. `TOP` and `config` are one room."""
+FLOORS = [
+    {TOP, "config", "__main__"},
+    {"trainer", "doctor"},
+    {"gossip"},
+    {"windows", "optim"},
+    {"ledger", "blocks", "fleet", "progress"},
+]
+"""From the top: a module imports from its own room and from the floors below. What is on top is one room."""
 
 ROOMS_OF_TRANSFORMERS = {"trainer", "config"}
 """Who may import `transformers`."""
