@@ -80,6 +80,7 @@ SEAMS = (
         ("_finalize_training", "trial"),
         ("_get_grad_norm", "model", "grad_norm"),
         ("_init_training_state", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+        "_get_num_items_in_batch",
         "_prepare_for_training",
         (
             *("_run_epoch", "model", "epoch", "train_dataloader", "trial", "ignore_keys_for_eval", "start_time"),
