@@ -234,11 +234,18 @@ def _check_several_workers(trainer: Any) -> None:
 
 
 def check_model(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a model that several workers cannot train.
+    """Refuse a model that cannot be trained by block, or not by several workers.
 
     Raises:
         ValueError: With the remedy.
     """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    numbers = next((name for name, parameter in trained if parameter.is_complex()), None)
+    if numbers is not None and getattr(args, "clip", "estimate") != "exact":
+        raise ValueError(
+            f"`clip='estimate'` and complex parameters ({numbers}) exclude each other: the norm of a block is taken of "
+            "real numbers. Set `clip='exact'`."
+        )
     if not has_several_workers(args):
         return
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -246,12 +253,11 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
             "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
             "Use BatchNorm: its running statistics are exchanged with the block that it is in."
         )
-    trained = ((name, tensor.device.type) for name, tensor in model.named_parameters() if tensor.requires_grad)
-    strange = next(((name, device) for name, device in trained if device not in ("cpu", "cuda")), None)
+    strange = next((one for one in trained if one[1].device.type not in ("cpu", "cuda")), None)
     if strange is not None:
         raise ValueError(
-            f"The parameter {strange[0]} is on a device {strange[1]!r}, which LayUp with several workers excludes: "
-            "they can read each other's memory on CPUs and CUDA GPUs only. Load the model onto one of these."
+            f"The parameter {strange[0]} is on a device {strange[1].device.type!r}, which LayUp with several workers "
+            "excludes: they can read each other's memory on CPUs and CUDA GPUs only. Load the model onto one of these."
         )
 
 

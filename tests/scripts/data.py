@@ -3,6 +3,7 @@
 python data.py FOLDER CASE...
 """
 
+import logging
 import random
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from stock import arguments, gpt2
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback
-from worker import leave, write_result
+from worker import leave, same_everywhere, write_result
 
 from layup_hf import LayupTrainer
 
@@ -293,6 +294,98 @@ def alone():
         "loss": output.training_loss,
         "tokens": [given[0], args.average_tokens_across_devices],
         "after": [args.process_index, args.world_size, PartialState().process_index, PartialState().num_processes],
+    }
+
+
+# ---- Numbers of other kinds ----
+
+
+class Numbers(torch.nn.Module):
+    """Learns to double what it gets; a weight may be complex."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Parameter(torch.randn(4, 4, dtype=dtype))
+        self.second = torch.nn.Linear(4, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def forward(self, x, labels):
+        x = x.to(self.second.weight.dtype)
+        hidden = x.to(self.first.dtype) @ self.first
+        hidden = (hidden.real + hidden.imag if hidden.is_complex() else hidden).to(x.dtype)
+        return {"loss": (self.second(hidden) - 2 * x).square().mean()}
+
+
+def numbers():
+    found, rows = {}, [{"x": torch.randn(4), "labels": torch.zeros(1)} for _ in range(64)]
+    exact = {"optim": "adamw_torch", "clip": "exact"}  # torch's fused AdamW takes no complex numbers
+    kinds = [{}, exact, exact | {"max_grad_norm": 1.0}, exact | {"optim": "sgd"}]
+    for dtype in (torch.float64, torch.complex64, torch.complex128):
+        for options in kinds if dtype == torch.float64 else kinds[1:]:
+            model = Numbers(dtype)
+            trainer = LayupTrainer(model=model, args=arguments(FOLDER, max_steps=16, **options), train_dataset=rows)
+            output = trainer.train()
+            found[f"{dtype}, {options}"] = {
+                "same": all(same_everywhere(parameter.detach()) for parameter in model.parameters()),
+                "imaginary": float(model.first.detach().imag.abs().sum()) if model.first.is_complex() else None,
+                "loss": output.training_loss,
+            }
+    return found
+
+
+# ---- What is not exchanged ----
+
+
+class Keeping(torch.nn.Module):
+    """Changes buffers in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+        self.register_buffer("codes", torch.zeros(3))
+        self.register_buffer("codes_in_half", torch.zeros(3, dtype=torch.bfloat16))
+        self.register_buffer("phases", torch.zeros(3, dtype=torch.complex64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("still", torch.arange(5.0))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.teacher = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x, labels):
+        if self.training:
+            for buffer in (self.codes, self.codes_in_half, self.cache):
+                buffer += rank + 1
+            self.phases += (rank + 1) * 1j
+            self.calls += 1
+        return {"loss": (self.inner(x) - x).square().mean()}
+
+
+class Teaching(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        model.teacher.weight.data.add_(rank + 1)
+
+
+def rest():
+    rows = [{"x": torch.randn(4), "labels": torch.zeros(1)} for _ in range(64)]
+    found, model = [], Keeping()
+    args = arguments(FOLDER, max_steps=16)
+    trainer = LayupTrainer(model=model, args=args, train_dataset=rows, callbacks=[Teaching()])
+    teacher = gather_object([model.teacher.weight.clone()])[0]
+    logger, warnings = logging.getLogger("layup_hf.trainer.agreement"), logging.Handler()
+    warnings.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(warnings)
+    trainer.train()
+    logger.removeHandler(warnings)
+    return {
+        "steps": gather_object([trainer.layup.state.steps_done]),
+        "codes": model.codes.tolist(),
+        "codes_in_half": model.codes_in_half.tolist(),
+        "phases": torch.view_as_real(model.phases).tolist(),
+        "calls": int(model.calls),
+        "still": model.still.tolist(),
+        "cache": model.cache.tolist(),
+        "teacher": (model.teacher.weight - teacher).mean().item(),
+        "same": all(same_everywhere(tensor) for tensor in model.state_dict().values()),
+        "warnings": found,
     }
 
 

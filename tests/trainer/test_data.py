@@ -1,6 +1,7 @@
 """Training data of every kind with real workers: each sample once, or a word that says why not; and who is there."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,11 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from layup_hf import LayupConfig, LayupTrainer
+from layup_hf.gossip import consensus
 from layup_hf.trainer.checks import check_data
 from layup_hf.trainer.streams import require_same_seeds
 
-CASES = ["streams", "own_streams", "ends", "epochs", "samplers", "loaders", "alone"]
+CASES = ["streams", "own_streams", "ends", "epochs", "samplers", "loaders", "alone", "numbers", "rest"]
 SEED = "Pass `seed=` to `shuffle()` and `interleave_datasets()`"
 
 
@@ -259,3 +261,79 @@ def test_one_process_may_keep_a_shard_by_a_sampler_that_is_not_seeded(tmp_path):
 def test_plain_arguments_are_enough_for_one_process(tmp_path):
     args = arguments(tmp_path, TrainingArguments, max_steps=2)
     assert LayupTrainer(model=gpt2(), args=args, train_dataset=text()).train().global_step == 2
+
+
+# ---- Numbers of other kinds ----
+
+
+def test_float64_and_complex_models_train_and_agree(two):
+    for name, found in two["numbers"][0].items():
+        assert found["same"], name
+        assert math.isfinite(found["loss"]), name
+        assert "complex" not in name or found["imaginary"] > 1, name
+        assert two["numbers"][1][name]["same"]
+
+
+class Turned(torch.nn.Module):
+    """With weights that may be complex."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn = torch.nn.Parameter(torch.randn(8, 8, dtype=dtype))
+
+    def forward(self, input_ids, labels):
+        turned = input_ids.to(self.turn.dtype) @ self.turn
+        return {"loss": (turned.abs() - input_ids).square().mean()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_with_one_process_float64_and_complex_models_are_trained_as_by_the_stock_trainer(dtype, tmp_path):
+    models = []
+    for trainer_class, config in BOTH:
+        models.append(Turned(dtype))
+        own = {"clip": "exact"} if config is LayupConfig else {}
+        args = arguments(tmp_path, config, optim="adamw_torch", max_grad_norm=1.0, **own)
+        trainer_class(model=models[-1], args=args, train_dataset=text()).train()
+    assert same(*models)
+    assert not same(models[0], Turned(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float64, torch.bfloat16])
+def test_a_mean_keeps_all_of_a_number(dtype):
+    first, second = torch.randn(3, 2).to(dtype), torch.randn(4, dtype=torch.float32).to(dtype)
+    if dtype.is_complex:
+        first, second = first * (1 + 2j), second * (3 - 1j)
+    expected = [first * 0.5, second * 0.5]
+    flat = consensus._flatten([first, second])
+    consensus._assign([first, second], flat * 0.5)
+    for found, value in zip((first, second), expected, strict=True):
+        assert torch.equal(found, value)
+
+
+# ---- What is not exchanged ----
+
+
+def test_what_training_changes_and_nobody_exchanges_is_agreed_on(two):
+    results = two["rest"]
+    steps = results[0]["steps"]
+    assert sum(steps) == 32
+    mean = sum((rank + 1) * done for rank, done in enumerate(steps)) / 2
+    for rank, result in enumerate(results):
+        assert result["same"]
+        assert result["codes"] == [mean] * 3
+        assert result["codes_in_half"] == [mean] * 3
+        assert result["phases"] == [[0.0, mean]] * 3
+        assert result["calls"] == steps[0]
+        assert result["still"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert result["cache"] == [(rank + 1) * steps[rank]]  # not saved, so nobody's but this worker's
+        assert result["teacher"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_one_warning_names_what_is_not_exchanged(two):
+    (warning,) = two["rest"][0]["warnings"]
+    assert warning.startswith("LayUp: training changes what workers do not exchange: ")
+    assert "codes, codes_in_half, phases, teacher.weight. Between consensus points" in warning
+    assert "still" not in warning
+    assert "num_batches" not in warning
+    assert two["rest"][1]["warnings"] == []
