@@ -428,6 +428,18 @@ def test_what_only_several_workers_exclude_is_refused_when_there_are_several():
     check_runtime(given)
 
 
+class Gathering(torch.nn.Module):
+    gather_across_devices = True
+
+
+@pytest.mark.parametrize("loss", [Gathering(), {"a": None, "b": torch.nn.Sequential(Gathering())}])
+def test_a_loss_that_gathers_in_every_step_is_refused_with_several_workers(loss):
+    check_runtime(trainer(loss=loss))
+    check_runtime(trainer(loss=torch.nn.Linear(1, 1), workers=2))
+    with pytest.raises(ValueError, match=r"Gathering\(gather_across_devices=True\) and LayUp.*at False"):
+        check_runtime(trainer(loss=loss, workers=2))
+
+
 def test_plain_arguments_and_several_launches_are_refused(monkeypatch, arguments):
     check_runtime(trainer(workers=2))
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")

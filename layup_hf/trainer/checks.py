@@ -225,6 +225,15 @@ def _check_several_workers(trainer: Any) -> None:
             "other's memory on CPUs and CUDA GPUs only. Set `use_cpu=True`, start one process, or use the stock "
             "`Trainer`."
         )
+    losses = getattr(trainer, "loss", None)
+    for loss in losses.values() if isinstance(losses, Mapping) else [losses]:
+        parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
+        gathering = next((part for part in parts if getattr(part, "gather_across_devices", False)), None)
+        if gathering is not None:
+            raise ValueError(
+                f"{type(gathering).__name__}(gather_across_devices=True) and LayUp with several workers exclude each "
+                "other: all would wait for each other in every step. Leave `gather_across_devices` at False."
+            )
     if getattr(args, "num_generations", None):
         raise ValueError(
             f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
