@@ -9,6 +9,7 @@ try:
     check_seams()  # before anything imports what an unknown version may lack
 
     from .config import LayupConfig, LayupOptions
+    from .progress.clock import WorkerFailure
     from .trainer.mixin import LayupMixin, LayupTrainer
     from .trainer.straggler import StragglerCallback
     from .windows.straggler import StragglerConfig
@@ -23,5 +24,6 @@ __all__ = [
     "LayupTrainer",
     "StragglerCallback",
     "StragglerConfig",
+    "WorkerFailure",
     "__version__",
 ]

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from .fleet.launch import prepare_launch
 from .trainer.checks import check_options
-from .trainer.options import Options
+from .trainer.options import Options, settle_types
 
 
 @dataclass
@@ -20,6 +20,7 @@ class LayupOptions(Options):
     """
 
     def __post_init__(self) -> None:
+        settle_types(self)
         check_options(self)
         prepare_launch(self)
         super_post_init = getattr(super(), "__post_init__", None)

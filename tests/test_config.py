@@ -1,10 +1,14 @@
 """Every option that cannot work is refused by name, with a remedy; everything else is accepted."""
 
 import contextlib
+import copy
+import dataclasses
 import importlib.util
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -14,7 +18,14 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from transformers.training_args import OptimizerNames
 
 from layup_hf.config import LayupConfig, LayupOptions
-from layup_hf.trainer.checks import check_data, check_options, check_runtime
+from layup_hf.trainer.checks import (
+    check_data,
+    check_model,
+    check_options,
+    check_runtime,
+    check_sharing,
+    has_several_workers,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +79,17 @@ REFUSED = {
     "speed=2": ({"straggler": "rank=3,speed=2"}, "with a name of rank, compute"),
     "rank=x": ({"straggler": "rank=x,compute=1"}, "`all` or a rank"),
     "compute=-1": ({"straggler": "compute=0.1; compute=-1"}, "`compute` must be seconds, finite and not negative"),
-    "batch_rebalance": (
-        {"train_sampling_strategy": "batch_rebalance"},
-        "Use 'group_by_length', or set `shared_batches=False`",
-    ),
+    "shared_batches='sometimes'": ({"shared_batches": "sometimes"}, "use True or False"),
+    "shared_batches=2": ({"shared_batches": 2}, "use True or False"),
+    "shared_batches=None": ({"shared_batches": None}, "use True or False"),
+    "offer_every=True": ({"offer_every": True}, "use a whole number"),
+    "offer_every=1.5": ({"offer_every": 1.5}, "use a whole number"),
+    "offer_every=None": ({"offer_every": None}, "use a whole number"),
+    "peers_per_step='many'": ({"peers_per_step": "many"}, "use a whole number, or None"),
+    "lease_seconds=False": ({"lease_seconds": False}, "use a number, or None"),
+    "windows=None": ({"windows": None}, "use text"),
+    "join=7000": ({"join": 7000}, "use text, or None"),
+    "clip=False": ({"clip": False}, "use text"),
 }
 
 
@@ -121,34 +139,36 @@ def test_reentrant_checkpointing_is_refused_in_parsed_arguments(arguments):
 )
 def test_batches_that_all_workers_would_take_together_are_refused(option, remedy, kind, shared_batches, arguments):
     own = {"shared_batches": shared_batches} if kind is LayupConfig else {}
-    with pytest.raises(ValueError, match=rf"'{option}': True}}` and LayUp exclude.*Remove `{option}`.*{remedy}"):
-        check_options(arguments(kind, accelerator_config={option: True}, **own))
+    with pytest.raises(
+        ValueError, match=rf"'{option}': True}}` and LayUp with several workers exclude.*Remove `{option}`.*{remedy}"
+    ):
+        check_sharing(arguments(kind, accelerator_config={option: True}, **own))
 
 
 def test_batches_that_are_not_taken_together_are_accepted(arguments):
-    check_options(arguments(accelerator_config={"dispatch_batches": False, "split_batches": False}))
-    check_options(arguments(accelerator_config={"dispatch_batches": None}))
+    check_sharing(arguments(accelerator_config={"dispatch_batches": False, "split_batches": False}))
+    check_sharing(arguments(accelerator_config={"dispatch_batches": None}))
 
 
 def test_shards_need_a_sampler_that_every_worker_can_seed(arguments):
     unseeded = {"use_seedable_sampler": False}
     with pytest.raises(ValueError, match=r"'use_seedable_sampler': False.*`shared_batches=False` exclude.*Remove one"):
-        check_options(arguments(accelerator_config=unseeded, shared_batches=False))
-    check_options(arguments(accelerator_config=unseeded))
-    check_options(arguments(TrainingArguments, accelerator_config=unseeded))
-    check_options(arguments(shared_batches=False))
+        check_sharing(arguments(accelerator_config=unseeded, shared_batches=False))
+    check_sharing(arguments(accelerator_config=unseeded))
+    check_sharing(arguments(TrainingArguments, accelerator_config=unseeded))
+    check_sharing(arguments(shared_batches=False))
 
 
 def test_batches_made_for_each_worker_in_advance_are_refused_where_they_are_shared(arguments):
     with pytest.raises(ValueError, match=r"'batch_rebalance'` and `shared_batches=True` exclude each other"):
-        check_options(arguments(TrainingArguments, train_sampling_strategy="batch_rebalance"))
-    check_options(arguments(train_sampling_strategy="batch_rebalance", shared_batches=False))
+        check_sharing(arguments(TrainingArguments, train_sampling_strategy="batch_rebalance"))
+    check_sharing(arguments(train_sampling_strategy="batch_rebalance", shared_batches=False))
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
 def test_other_orders_are_accepted_shared_or_not(strategy, arguments):
     for shared_batches in (True, False):
-        check_options(arguments(train_sampling_strategy=strategy, shared_batches=shared_batches))
+        check_sharing(arguments(train_sampling_strategy=strategy, shared_batches=shared_batches))
 
 
 # ---- Optimizers, and what is possible ----
@@ -241,6 +261,85 @@ def test_the_command_line_has_the_defaults(tmp_path):
     assert (config.lease_seconds, config.network_interface, config.join, config.job_to_join) == (None,) * 4
 
 
+VALUES = {
+    "shared_batches": [
+        (False, False),
+        ("off", False),
+        ("False", False),
+        ("no", False),
+        (0, False),
+        ("on", True),
+        (1, True),
+    ],
+    "peers_per_step": [(2, 2), ("2", 2), (2.0, 2), (None, None), ("None", None), ("null", None), (np.int64(2), 2)],
+    "bias_every": [(0, 0), ("10", 10), (1e2, 100)],
+    "lease_seconds": [(3, 3.0), ("2.5", 2.5), ("none", None), (np.float32(2.5), 2.5)],
+    "nesterov": [(True, "on"), (False, "off"), ("auto", "auto")],
+    "straggler": [(None, None), ("rank=0,compute=1", "rank=0,compute=1")],
+}
+
+
+@pytest.mark.parametrize(("name", "given", "meant"), [(n, *pair) for n, pairs in VALUES.items() for pair in pairs])
+def test_usual_spellings_are_understood(name, given, meant, arguments):
+    value = getattr(arguments(**{name: given}), name)
+    assert value == meant
+    assert type(value) is type(meant)
+
+
+def test_a_value_that_is_set_later_is_checked_when_the_trainer_is_made(arguments):
+    config = arguments()
+    config.shared_batches = "off"
+    with pytest.raises(ValueError, match=r"shared_batches='off' is of another type.*Set it to False"):
+        check_options(config)
+    assert config.shared_batches == "off"
+
+
+ALL = {
+    "peers_per_step": 3,
+    "windows": "shared",
+    "wire_dtype": "fp32",
+    "merge_at": "arrival",
+    "bias_every": 5,
+    "offer_every": 2,
+    "lease_seconds": 2.5,
+    "network_interface": "lo",
+    "shared_batches": False,
+    "clip": "exact",
+    "second_moment": "own",
+    "nesterov": "off",
+    "straggler": "rank=0,compute=1",
+}
+
+
+def own(config):
+    return {name: getattr(config, name) for name in ALL}
+
+
+def test_all_options_come_through_dictionaries_files_and_back(tmp_path):
+    parser = HfArgumentParser(LayupConfig)
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    (parsed,) = parser.parse_dict(common | ALL)
+    assert own(parsed) == ALL
+    # YAML reads `off` as a boolean
+    lines = [f"{name}: {value}" for name, value in (common | ALL).items()]
+    (tmp_path / "all.yaml").write_text("\n".join(lines))
+    assert "nesterov: off" in lines
+    (from_yaml,) = parser.parse_yaml_file(str(tmp_path / "all.yaml"))
+    (tmp_path / "all.json").write_text(json.dumps(common | ALL))
+    (from_json,) = parser.parse_json_file(str(tmp_path / "all.json"))
+    line = [text for name, value in (common | ALL).items() for text in (f"--{name}", str(value))]
+    (from_line,) = parser.parse_args_into_dataclasses(line)
+    assert own(from_yaml) == own(from_json) == own(from_line) == ALL
+    kinds = {name: type(value) for name, value in ALL.items()}
+    for config in (parsed, from_yaml, from_json, from_line):
+        assert {name: type(value) for name, value in own(config).items()} == kinds
+        assert {name: config.to_dict()[name] for name in ALL} == ALL
+        assert {name: json.loads(config.to_json_string())[name] for name in ALL} == ALL
+        assert {name: config.to_sanitized_dict()[name] for name in ALL} == ALL
+        assert own(dataclasses.replace(config, offer_every="3")) == ALL | {"offer_every": 3}
+        assert own(copy.deepcopy(config)) == ALL
+
+
 def test_an_impossible_option_on_the_command_line_is_refused(tmp_path):
     with pytest.raises(ValueError, match="peers_per_step=0"):
         HfArgumentParser(LayupConfig).parse_args_into_dataclasses(
@@ -279,19 +378,81 @@ def trainer(
     optim=OptimizerNames.ADAMW_TORCH_FUSED,
     optimizer=None,
     clip="estimate",
+    device="cpu",
+    workers=1,
     **attributes,
 ):
     accelerator = SimpleNamespace(distributed_type=distributed, mixed_precision=precision, scaler=scaler)
-    args = SimpleNamespace(n_gpu=n_gpu, device=SimpleNamespace(type="cpu"), optim=optim, clip=clip)
+    args = SimpleNamespace(n_gpu=n_gpu, device=SimpleNamespace(type=device), optim=optim, clip=clip, world_size=workers)
     given = {"optimizer": optimizer, "optimizer_cls_and_kwargs": None, **attributes}
     return SimpleNamespace(args=args, accelerator=accelerator, **given)
 
 
-def test_half_precision_that_nobody_scales_is_refused():
-    check_runtime(trainer(precision="bf16"))
-    check_runtime(trainer(precision="fp16", scaler=object()))
-    with pytest.raises(ValueError, match=r"`fp16` on a cpu device and LayUp exclude each other.*Use `bf16`"):
-        check_runtime(trainer(precision="fp16"))
+@pytest.mark.parametrize("device", ["xpu", "npu", "mps", "meta"])
+def test_devices_whose_memory_peers_cannot_read_are_refused_with_several_workers(device):
+    check_runtime(trainer(device=device))
+    for possible in ("cpu", "cuda"):
+        check_runtime(trainer(device=possible, workers=2))
+    with pytest.raises(ValueError, match=rf"device '{device}' and LayUp with several workers exclude.*use_cpu=True"):
+        check_runtime(trainer(device=device, workers=2))
+
+
+def test_parameters_that_peers_cannot_read_are_refused_with_several_workers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    check_model(model, SimpleNamespace(world_size=1))
+    with pytest.raises(ValueError, match=r"parameter 1.weight is on a device 'meta', which LayUp.*Load the model onto"):
+        check_model(model, SimpleNamespace(world_size=2))
+    check_model(model.requires_grad_(False), SimpleNamespace(world_size=2))
+
+
+def test_complex_parameters_need_the_exact_norm():
+    model = torch.nn.ParameterDict({"phase": torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))})
+    check_model(model, SimpleNamespace(world_size=2, clip="exact"))
+    with pytest.raises(ValueError, match=r"`clip='estimate'` and complex parameters \(phase\) exclude.*`clip='exact'`"):
+        check_model(model, SimpleNamespace(world_size=1))
+    check_model(model.requires_grad_(False), SimpleNamespace(world_size=1))
+
+
+@pytest.mark.parametrize("several", [{"world_size": 2}, {"world_size": 1, "job_to_join": object()}])
+def test_who_joins_others_is_one_of_several(several):
+    assert has_several_workers(SimpleNamespace(**several))
+    assert not has_several_workers(SimpleNamespace(world_size=1, job_to_join=None))
+
+
+def test_what_only_several_workers_exclude_is_refused_when_there_are_several():
+    given = trainer(workers=2)
+    given.args.dataloader_in_order = False
+    with pytest.raises(ValueError, match="`dataloader_in_order=False` and `shared_batches=True` exclude"):
+        check_runtime(given)
+    given.args.world_size = 1
+    check_runtime(given)
+
+
+class Gathering(torch.nn.Module):
+    gather_across_devices = True
+
+
+@pytest.mark.parametrize("loss", [Gathering(), {"a": None, "b": torch.nn.Sequential(Gathering())}])
+def test_a_loss_that_gathers_in_every_step_is_refused_with_several_workers(loss):
+    check_runtime(trainer(loss=loss))
+    check_runtime(trainer(loss=torch.nn.Linear(1, 1), workers=2))
+    with pytest.raises(ValueError, match=r"Gathering\(gather_across_devices=True\) and LayUp.*at False"):
+        check_runtime(trainer(loss=loss, workers=2))
+
+
+def test_plain_arguments_and_several_launches_are_refused(monkeypatch, arguments):
+    check_runtime(trainer(workers=2))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"A plain SimpleNamespace and workers.*several launches.*Use `LayupConfig`"):
+        check_runtime(trainer(workers=2))
+    check_runtime(trainer())
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    config = arguments()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(LayupConfig, "world_size", 2)
+    given = trainer()
+    given.args = config
+    check_runtime(given)
 
 
 def test_an_optimizer_that_cannot_skip_a_block_is_refused_with_loss_scaling():
@@ -333,9 +494,9 @@ def test_an_optimizer_of_the_users_is_refused_at_construction(kind, scales, opti
 
 
 def test_batches_out_of_order_are_refused_where_they_are_shared(arguments):
-    arguments(dataloader_in_order=False, shared_batches=False)
+    check_sharing(arguments(dataloader_in_order=False, shared_batches=False))
     with pytest.raises(ValueError, match="`dataloader_in_order=False` and `shared_batches=True` exclude"):
-        arguments(dataloader_in_order=False)
+        check_sharing(arguments(dataloader_in_order=False))
 
 
 @pytest.mark.parametrize("distributed", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])

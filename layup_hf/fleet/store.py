@@ -7,11 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import distributed_c10d as c10d
 
 from .keeper import PREFIX, WORKERS
 from .network import Network
@@ -136,11 +139,52 @@ def _client(host: str, port: int, what: str, origin: str = "") -> TCPStore:
         raise ConnectionError(f"{what} at {host}:{port}{origin} does not answer: {error}") from error
 
 
-def connect_store(run: str) -> Store:
-    """A connection of this worker's own to the launcher's store, under a prefix that only this run uses.
+class GroupStore:
+    """The store of the process group; where workers cannot connect to that, one that rank 0 keeps while this lives.
+
+    A group may have been made without a launcher's store: through a file, as by accelerate's `debug_launcher` and
+    `notebook_launcher`, or at another place than the environment says.
+
+    Args:
+        rank: This worker.
+        gather: Collects one object from every worker.
+        machine: What tells this machine from others.
 
     Raises:
-        ValueError: The launcher has not said where the store is.
-        ConnectionError: The store does not answer.
+        ValueError: The group has no store to connect to, and its workers are on several hosts; on every worker.
     """
-    return PrefixStore(run, launcher_store())
+
+    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], machine: str) -> None:
+        self._place = _place_of_group()
+        self._server: TCPStore | None = None
+        if all(gather(self._place)):
+            return
+        if len(set(gather(machine))) > 1:
+            raise ValueError(
+                "The process group has been made without a store that workers of several hosts can connect to, through "
+                "a file say. Start the workers with `accelerate launch` or `torchrun`."
+            )
+        if rank == 0:
+            listener = socket.create_server(("127.0.0.1", 0))
+            self._place = host, port = listener.getsockname()
+            self._server = TCPStore(
+                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        self._place = gather(self._place)[0]
+
+    def connect(self, run: str) -> Store:
+        """A connection of this worker's own, under a prefix that only this run uses.
+
+        Raises:
+            ConnectionError: The store does not answer.
+        """
+        assert self._place is not None
+        return PrefixStore(run, PrefixStore(PREFIX, _client(*self._place, "The store of the process group")))
+
+
+def _place_of_group() -> tuple[str, int] | None:
+    """Host and port of the store by which the present process group was made; None if it is of another kind."""
+    store = c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return (store.host, store.port) if isinstance(store, TCPStore) else None

@@ -118,11 +118,17 @@ def _masses(reports: list[tuple[int, Account | None] | None], accounts: dict[int
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of a block, in fp32 or better: a mean in bf16 would lose what workers learnt since the last one."""
-    precision = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return torch.cat([tensor.reshape(-1).to(precision) for tensor in tensors])
+    parts = [_as_real(tensor) for tensor in tensors]
+    precision = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    return torch.cat([part.reshape(-1).to(precision) for part in parts])
 
 
 def _assign(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    parts = [_as_real(tensor) for tensor in tensors]
+    for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.copy_(mean.view(part.shape))
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """The same memory; of complex numbers both parts."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

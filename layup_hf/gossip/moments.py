@@ -110,12 +110,14 @@ class MeanMoments:
             seed: Of the run.
 
         Returns:
-            None where some worker's optimizer is of another kind.
+            None where some worker's optimizer is of another kind, or a model has complex parameters: the square of
+            such a gradient is not one number.
 
         Raises:
             MemoryError: There is not enough memory to share.
         """
-        if not all(gather(is_plain_adam(optimizer))):
+        is_real = not any(parameter.is_complex() for block in blocks for parameter in block.parameters)
+        if not all(gather(is_real and is_plain_adam(optimizer))):
             return None
         make_states(optimizer)
         parts: dict[int, _Part] = {}
@@ -212,7 +214,7 @@ def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float
 def by_row(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first, which stay with length 1; of a vector or a number, over all of it."""
     axes = _within_row(tensor)
-    return tensor.mean(axes, keepdim=True, dtype=torch.float32) if axes else tensor.float().clone()
+    return tensor.mean(axes, keepdim=True, dtype=_precision(tensor)).float() if axes else tensor.float().clone()
 
 
 def by_row_of_square(tensor: Tensor) -> Tensor:
@@ -220,8 +222,13 @@ def by_row_of_square(tensor: Tensor) -> Tensor:
     axes = _within_row(tensor)
     if not axes:
         return tensor.float().square()
-    norms = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=_precision(tensor)).float()
     return norms.square_().mul_(norms.numel() / max(tensor.numel(), 1))
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    """What is added up in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _within_row(tensor: Tensor) -> tuple[int, ...]:

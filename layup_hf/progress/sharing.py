@@ -5,31 +5,64 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 from .cursor import Cursor, Draw, FixedShares
+from .randomness import Checksum, Randomness
 
 Update = Iterator[Any]
 """The batches of one optimizer step: one, or as many as are accumulated."""
 
 
-class Order(Protocol):
-    """What gives the order of an epoch: a sampler that knows its length."""
+Keys = np.ndarray | list[Any]
+"""The order of an epoch: numbers of samples, or whatever else the data set takes."""
 
-    def __iter__(self) -> Iterator[int]: ...
+
+class Order(Protocol):
+    """What gives the order of an epoch: a sampler that knows its length, of numbers or of whatever else are keys."""
+
+    def __iter__(self) -> Iterator[Any]: ...
 
     def __len__(self) -> int: ...
 
 
-class SharedLoader:
+class _Loader:
+    """What every shared loader has: all that a `DataLoader` has, as the one that makes its batches has it.
+
+    Attributes:
+        inner: The `DataLoader` that makes the batches.
+        batch_size: Samples in a batch of this worker.
+        rank, world_size: This worker, and how many there are.
+    """
+
+    def __init__(self, inner: DataLoader, batch_size: int, rank: int, world_size: int) -> None:
+        self.inner, self.batch_size, self.rank, self.world_size = inner, batch_size, rank, world_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("_"):  # while it is copied or unpickled
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    @property
+    def total_batch_size(self) -> int:
+        """Samples of a batch of each worker, as a loader of accelerate says it."""
+        return self.batch_size * self.world_size
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Samples that there are, as a loader of accelerate says it."""
+        return len(self.inner.dataset)  # type: ignore[arg-type] # an error of its own where it has none
+
+
+class SharedLoader(_Loader):
     """The training batches of one worker, out of one seeded order of each epoch for all workers.
 
     Every sample of an epoch goes to exactly one worker, in the order in which workers are ready for more. With
@@ -66,19 +99,24 @@ class SharedLoader:
     ) -> None:
         if type(sampler) is RandomSampler and sampler.generator is None and not sampler.replacement:
             sampler = SeedableRandomSampler(sampler.data_source, num_samples=len(sampler), data_seed=seed)
-        self.batch_size = batch_size
         self.accumulation = accumulation
         self.sampler = sampler
         self._seed = seed
-        self._rank, self._world_size = rank, world_size
         self.update_size = batch_size * accumulation
         self.mean_update = float(self.update_size)
         self.cursor: Cursor | FixedShares = FixedShares(rank, world_size)
         self._make_loader = make_loader
+        self.drop_last = drop_last
         self._batches = _DrawnBatches(batch_size, self.update_size, drop_last)
         self._taken_over: deque[Draw] = deque()
-        self._loader = make_loader(self._batches)
-        self.dataset = self._loader.dataset
+        super().__init__(make_loader(self._batches), batch_size, rank, world_size)
+        self.dataset = self.inner.dataset
+
+    @property
+    def batch_sampler(self) -> BatchSamplerShard:
+        """The batches of this worker among equally fast ones, as those of a loader of accelerate: to look at."""
+        batches = BatchSampler(self.sampler, self.batch_size, self.drop_last)
+        return BatchSamplerShard(batches, self.world_size, self.rank, even_batches=False)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -90,14 +128,14 @@ class SharedLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch for one worker, on average."""
-        return math.ceil(self.updates_per_epoch * self.accumulation / self._world_size)
+        return math.ceil(self.updates_per_epoch * self.accumulation / self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of the first epoch as a worker among equally fast ones would get them, to look at."""
         look = copy.copy(self)  # so that looking during training changes nothing
         look._batches = _DrawnBatches(self.batch_size, self.update_size, self._batches.drop_last)
-        look._loader = self._make_loader(look._batches)
-        look.cursor = FixedShares(self._rank, self._world_size)
+        look.inner = self._make_loader(look._batches)
+        look.cursor = FixedShares(self.rank, self.world_size)
         for update in look.updates(0):
             yield from update
 
@@ -109,7 +147,7 @@ class SharedLoader:
         """
         self._taken_over.clear()
         drawn = self._batches.begin(self.cursor, epoch, self._order(epoch))
-        batches = iter(self._loader)
+        batches = iter(self.inner)
         for first in batches:
             draw = drawn.popleft()
             update = itertools.chain([first], itertools.islice(batches, self._batches.count(draw) - 1))
@@ -140,16 +178,15 @@ class SharedLoader:
     def _load(self, places: list[int]) -> Any:
         """A batch, as the loader would make it."""
         get_many = getattr(self.dataset, "__getitems__", None)
-        return self._loader.collate_fn(get_many(places) if get_many else [self.dataset[place] for place in places])
+        return self.inner.collate_fn(get_many(places) if get_many else [self.dataset[place] for place in places])
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> Keys:
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed + epoch)  # torch.manual_seed would reseed the GPUs, too
-            order = np.fromiter(self.sampler, dtype=np.int64)
-        if not self.cursor.require_same(f"order/{epoch}", f"{zlib.crc32(order.data)} of {len(order)}"):
+        with Randomness(self._seed + epoch).in_use():
+            order = _listed(self.sampler)
+        if not self.cursor.require_same(f"order/{epoch}", f"{_checksum(order)} of {len(order)}"):
             raise ValueError(
                 f"The workers have different orders of epoch {epoch}, so they cannot share its batches: their data "
                 "sets differ, or the sampler draws from a generator of its own that is not seeded alike, or groups by "
@@ -157,6 +194,19 @@ class SharedLoader:
                 "the same batch size, or set `shared_batches=False`."
             )
         return order
+
+
+def _listed(order: Order) -> Keys:
+    """Numbers of samples in an array, which is small; other keys (names, tuples) in a list."""
+    samples = iter(order)
+    first = list(itertools.islice(samples, 1))
+    if not first or not hasattr(first[0], "__index__"):
+        return [*first, *samples]
+    return np.fromiter(map(operator.index, itertools.chain(first, samples)), dtype=np.int64)
+
+
+def _checksum(order: Keys) -> int:
+    return zlib.crc32(order.data if isinstance(order, np.ndarray) else repr(order).encode())
 
 
 class _DrawnBatches(Sampler[list[int]]):
@@ -169,7 +219,7 @@ class _DrawnBatches(Sampler[list[int]]):
         self.gave_up = False
         self._update_size = update_size
 
-    def begin(self, cursor: Cursor | FixedShares, epoch: int, order: np.ndarray) -> deque[Draw]:
+    def begin(self, cursor: Cursor | FixedShares, epoch: int, order: Keys) -> deque[Draw]:
         """Get ready for an epoch; the result will hold what has been drawn and is still to be begun."""
         self._cursor, self._epoch, self._order = cursor, epoch, order
         self.drawn.clear()
@@ -192,18 +242,22 @@ class _DrawnBatches(Sampler[list[int]]):
     def split(self, draw: Draw) -> Iterator[list[int]]:
         """The samples of each batch."""
         for start in range(draw.start, draw.stop, self.batch_size)[: self.count(draw)]:
-            yield self._order[start : min(start + self.batch_size, draw.stop)].tolist()
+            samples = self._order[start : min(start + self.batch_size, draw.stop)]
+            yield samples.tolist() if isinstance(samples, np.ndarray) else list(samples)
 
 
-class SharedStream:
+class SharedStream(_Loader):
     """The training batches of one worker out of an iterable data set that all workers read.
 
-    Each worker reads the whole stream and uses the batches that it has drawn. The stream must be the same on every
-    worker.
+    Each worker reads the whole stream and uses the batches that it has drawn. So the stream must be the same on every
+    worker. What it draws from the global generators (of `random`, numpy and torch) is, and the same when a run is
+    resumed: they are seeded alike for each pass, and apart from what training draws. Whether the rest is the same is
+    seen by a checksum of what has been read, which the workers compare after 1, 2, 4, 8, ... batches and at the end.
 
     Args:
         loader: Yields the batches of the whole stream; it makes them itself, of `batch_size` samples.
         accumulation: Batches of one optimizer step.
+        seed: Of the global generators while the stream is read.
         rank: This worker.
         world_size: Number of workers.
 
@@ -211,22 +265,23 @@ class SharedStream:
         update_size: Samples of one optimizer step.
         mean_update: The same, as all workers must cut the stream alike.
         cursor: What all workers draw from; set while training.
+        is_empty: The latest pass has yielded nothing.
     """
 
-    def __init__(self, loader: DataLoader, accumulation: int, rank: int, world_size: int) -> None:
+    def __init__(self, loader: DataLoader, accumulation: int, seed: int, rank: int, world_size: int) -> None:
         assert loader.batch_size is not None
-        self._loader = loader
-        self._rank, self._world_size = rank, world_size
-        self.batch_size = loader.batch_size
+        super().__init__(loader, loader.batch_size, rank, world_size)
         self.dataset = loader.dataset
+        self._seed = seed
         self.update_size = loader.batch_size * accumulation
         self.mean_update = float(self.update_size)
         self.cursor: Cursor | FixedShares = FixedShares(rank, world_size)
+        self.is_empty = False
 
     @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps of all workers together in an epoch, if the data set knows its length."""
-        return max(1, math.ceil(len(self._loader) * self.batch_size / self.update_size))
+        return max(1, math.ceil(len(self.inner) * self.batch_size / self.update_size))
 
     def __len__(self) -> int:
         """Batches of an epoch for one worker, on average.
@@ -234,12 +289,12 @@ class SharedStream:
         Raises:
             TypeError: The data set does not know its length.
         """
-        return math.ceil(len(self._loader) / self._world_size)
+        return math.ceil(len(self.inner) / self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of the first epoch as a worker among equally fast ones would get them, to look at."""
         look = copy.copy(self)  # so that looking during training changes nothing
-        look.cursor = FixedShares(self._rank, self._world_size)
+        look.cursor = FixedShares(self.rank, self.world_size)
         for update in look.updates(0):
             yield from update
 
@@ -247,21 +302,44 @@ class SharedStream:
         """This worker's share of the epoch. An update must be used up before the next is taken.
 
         Raises:
-            ValueError: The stream is empty.
+            ValueError: The workers read different streams.
         """
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        batches, place = iter(self._loader), 0
+        randomness = Randomness(self._seed + epoch)
+        batches = self._read(epoch)
+        place, self.is_empty = 0, False
         while draw := self.cursor.draw(epoch, self.update_size, 1 << 62):
             start, stop = draw.start // self.batch_size, draw.stop // self.batch_size
-            deque(itertools.islice(batches, start - place), maxlen=0)
-            update = list(itertools.islice(batches, stop - start))
+            with randomness.in_use():
+                deque(itertools.islice(batches, start - place), maxlen=0)
+                update = list(itertools.islice(batches, stop - start))
             if not update:
-                if draw.start == 0:
-                    raise ValueError(f"The training set yields not a single batch in epoch {epoch}.")
                 return
             place = stop
             yield iter(update)
+
+    def _read(self, epoch: int) -> Iterator[Any]:
+        """All batches, compared with what the others read."""
+        checksum, count = Checksum(), 0
+        for count, batch in enumerate(self.inner, start=1):
+            checksum.add(batch)
+            if count & (count - 1) == 0:  # 1, 2, 4, 8, ...
+                self._require_same(epoch, count, checksum)
+            yield batch
+        self._require_same(epoch, "end", checksum, f" of {count}")
+        self.is_empty = count == 0
+
+    def _require_same(self, epoch: int, where: int | str, checksum: Checksum, length: str = "") -> None:
+        if not self.cursor.require_same(f"stream/{epoch}/{where}", f"{checksum.value}{length}"):
+            raise ValueError(
+                f"The workers read different streams in epoch {epoch}, so they cannot share its batches: samples would "
+                "be left out, and others used twice. Is it shuffled or interleaved without a seed, or by a generator "
+                "of its own? Then pass `seed=` to `shuffle()` and `interleave_datasets()`, and seed that generator "
+                "alike on all workers. Does each worker take a part of it by its rank? Then let all read the whole: "
+                "every batch goes to one of them. If only what is drawn at random within samples differs, set "
+                "`shared_batches=False`."
+            )
 
     def given_up(self, epoch: int) -> Iterator[Update]:
         """Nothing: a batch is drawn when it is begun."""

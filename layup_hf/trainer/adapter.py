@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -263,6 +263,13 @@ class TrainerHost:
     def forget_evaluation_loaders(self) -> None:
         if hasattr(self._trainer, "_eval_dataloaders"):
             self._trainer._eval_dataloaders = {}
+
+    def let_arguments_see(self, place: dict[str, int] | None) -> None:
+        args, usual = self._trainer.args, PartialState()
+        if place is not None:
+            seen = object.__new__(PartialState)  # one of its own: all that are made share what they say
+            vars(seen).update(vars(usual) | place)
+        args.distributed_state = usual if place is None else seen
 
     def keepalive(self) -> object:
         return self._trainer

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ..gossip.consensus import reach_consensus
+from ..gossip.rest import agree_on_rest
 from .blockwise import BlockwiseModel
 from .exchange import Exchange
 from .host import Host
 from .members import Members
 from .state import RunState
+
+logger = logging.getLogger(__name__)
+
+_COUNTED = "num_batches_tracked"
+"""Of BatchNorm, whose statistics are exchanged: a count of a worker's own steps, which nobody need be told of."""
 
 
 class Agreement:
@@ -19,6 +30,7 @@ class Agreement:
         self, host: Host, state: RunState, members: Members, model: BlockwiseModel, exchange: Exchange
     ) -> None:
         self._host, self._state, self._members, self._model, self._exchange = host, state, members, model, exchange
+        self._named: set[str] = set()  # what a warning has named
 
     @property
     def now(self) -> tuple[int, int]:
@@ -38,8 +50,38 @@ class Agreement:
         ledger = exchange.ledger if exchange.engine is not None else None
         done = gather_object([state.steps_done])
         consensus = reach_consensus(self._model.blocks, ledger, state.is_new)
+        self._agree_on_rest()
         state.is_new = False
         state.agreed_at = self.now
         exchange.masses = consensus.mass_by_worker
         state.note(done=tuple(done), consensus_distance=consensus.distance)
         self._host.log(consensus.figures())
+
+    def _agree_on_rest(self) -> None:
+        """Buffers and frozen parameters that are saved with the model, if training has changed them. Collective."""
+        differing = agree_on_rest(self._rest(), _gather)
+        named = {name for name in differing if not name.endswith(_COUNTED)} - self._named
+        if named and self._host.is_first:
+            names = sorted(named)
+            logger.warning(
+                f"LayUp: training changes what workers do not exchange: {', '.join(names[:5])}"
+                + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                + ". Between consensus points each worker has its own. At one, all take the mean; of what is not "
+                "floating-point, rank 0's."
+            )
+        self._named |= named
+
+    def _rest(self) -> dict[str, Tensor]:
+        model, blocks = self._host.model, self._model.blocks
+        exchanged = {id(tensor) for block in blocks for tensor in (*block.parameters, *block.buffers)}
+        saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        rest = saved - exchanged
+        return {
+            name: tensor
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if id(tensor) in rest and tensor.device.type != "meta" and tensor.layout == torch.strided
+        }
+
+
+def _gather(item: Any) -> list[Any]:
+    return gather_object([item])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..fleet.launch import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
+from .options import Options, require_types
+from .streams import is_split_by_node
 
 _UNSTEPPABLE = {
     "layerwise": "it steps inside backward itself",
@@ -31,6 +35,8 @@ def check_options(args: Any) -> None:
     Raises:
         ValueError: Naming the options and the remedy.
     """
+    if isinstance(args, Options):
+        require_types(args)
     peers = getattr(args, "peers_per_step", None)
     if peers is not None and peers < 1:
         raise ValueError(
@@ -93,7 +99,6 @@ def check_options(args: Any) -> None:
             "checkpointing runs backward inside backward, so a block would be stepped twice. Set `use_reentrant` to "
             "False."
         )
-    _check_data_options(args)
     optim = getattr(args, "optim", None) or ""
     name = getattr(optim, "value", optim)
     for part, why in _UNSTEPPABLE.items():
@@ -120,8 +125,12 @@ def _check_bias_options(args: Any) -> None:
             )
 
 
-def _check_data_options(args: Any) -> None:
-    """Ways to hand out batches that would make workers wait for each other."""
+def check_sharing(args: Any) -> None:
+    """Refuse ways to hand out batches that would make several workers wait for each other, or that they cannot share.
+
+    Raises:
+        ValueError: Naming the options and the remedy.
+    """
     config = getattr(args, "accelerator_config", None) or {}
     values = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # a dict, or a file, at first
     for option, instead in (
@@ -130,24 +139,24 @@ def _check_data_options(args: Any) -> None:
     ):
         if values.get(option):
             raise ValueError(
-                f"`accelerator_config={{'{option}': True}}` and LayUp exclude each other: all workers would take each "
-                f"batch together. Remove `{option}`: {instead}."
+                f"`accelerator_config={{'{option}': True}}` and LayUp with several workers exclude each other: all "
+                f"would take each batch together. Remove `{option}`: {instead}."
             )
     shares = getattr(args, "shared_batches", True)
     if not shares and not values.get("use_seedable_sampler", True):
         raise ValueError(
-            "`accelerator_config={'use_seedable_sampler': False}` and `shared_batches=False` exclude each other: the "
-            "workers would wait for rank 0's random numbers in every epoch. Remove one of the two."
+            "`accelerator_config={'use_seedable_sampler': False}` and `shared_batches=False` exclude each other with "
+            "several workers: they would wait for rank 0's random numbers in every epoch. Remove one of the two."
         )
     if shares and not getattr(args, "dataloader_in_order", True):
         raise ValueError(
-            "`dataloader_in_order=False` and `shared_batches=True` exclude each other: a worker must know which batch "
-            "it has got. Remove one of the two."
+            "`dataloader_in_order=False` and `shared_batches=True` exclude each other with several workers: each must "
+            "know which batch it has got. Remove one of the two."
         )
     if shares and getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise ValueError(
-            "`train_sampling_strategy='batch_rebalance'` and `shared_batches=True` exclude each other: it makes a "
-            "shard for each worker in advance. Use 'group_by_length', or set `shared_batches=False`."
+            "`train_sampling_strategy='batch_rebalance'` and `shared_batches=True` exclude each other with several "
+            "workers: it makes a shard for each in advance. Use 'group_by_length', or set `shared_batches=False`."
         )
 
 
@@ -172,11 +181,6 @@ def check_runtime(trainer: Any) -> None:
             f"The launcher asks for {distributed}, which LayUp excludes: every worker trains a full replica. Launch "
             "with `accelerate launch --multi_gpu --num_processes N`, without a plugin for sharding."
         )
-    if trainer.accelerator.mixed_precision == "fp16" and trainer.accelerator.scaler is None:
-        raise ValueError(
-            f"`fp16` on a {args.device.type} device and LayUp exclude each other: accelerate scales no loss there. Use "
-            "`bf16`, or `--mixed_precision bf16` if the launcher asks for it."
-        )
     if trainer.optimizer is not None:
         check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
     elif trainer.optimizer_cls_and_kwargs is None:  # it is made by `optim`, when training begins
@@ -192,7 +196,45 @@ def check_runtime(trainer: Any) -> None:
             f"One process sees {args.n_gpu} GPUs and would use DataParallel, which LayUp excludes. Start one process "
             f"per GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py`."
         )
-    if getattr(args, "num_generations", None) and args.world_size > 1:
+    if has_several_workers(args):
+        _check_several_workers(trainer)
+
+
+def has_several_workers(args: Any) -> bool:
+    """Whether this process is one of several workers, or is about to join some."""
+    return args.world_size > 1 or getattr(args, "job_to_join", None) is not None
+
+
+def _check_several_workers(trainer: Any) -> None:
+    """What one process alone may do.
+
+    Raises:
+        ValueError: Naming the setting and the remedy.
+    """
+    args = trainer.args
+    check_sharing(args)
+    if launches() > 1 and not isinstance(args, Options):
+        raise ValueError(
+            f"A plain {type(args).__name__} and workers that are started by several launches exclude each other: the "
+            "network interface is chosen, and a running job found, when a configuration with LayUp's options is made. "
+            "Use `LayupConfig`, or a configuration with `LayupOptions`."
+        )
+    if args.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"The device {args.device.type!r} and LayUp with several workers exclude each other: they can read each "
+            "other's memory on CPUs and CUDA GPUs only. Set `use_cpu=True`, start one process, or use the stock "
+            "`Trainer`."
+        )
+    losses = getattr(trainer, "loss", None)
+    for loss in losses.values() if isinstance(losses, Mapping) else [losses]:
+        parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
+        gathering = next((part for part in parts if getattr(part, "gather_across_devices", False)), None)
+        if gathering is not None:
+            raise ValueError(
+                f"{type(gathering).__name__}(gather_across_devices=True) and LayUp with several workers exclude each "
+                "other: all would wait for each other in every step. Leave `gather_across_devices` at False."
+            )
+    if getattr(args, "num_generations", None):
         raise ValueError(
             f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
             "of one prompt (`num_generations`) over the workers and compares them in every step, so all would wait for "
@@ -201,15 +243,30 @@ def check_runtime(trainer: Any) -> None:
 
 
 def check_model(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a model that needs all workers in every step.
+    """Refuse a model that cannot be trained by block, or not by several workers.
 
     Raises:
         ValueError: With the remedy.
     """
-    if args.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    numbers = next((name for name, parameter in trained if parameter.is_complex()), None)
+    if numbers is not None and getattr(args, "clip", "estimate") != "exact":
+        raise ValueError(
+            f"`clip='estimate'` and complex parameters ({numbers}) exclude each other: the norm of a block is taken of "
+            "real numbers. Set `clip='exact'`."
+        )
+    if not has_several_workers(args):
+        return
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
             "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
             "Use BatchNorm: its running statistics are exchanged with the block that it is in."
+        )
+    strange = next((one for one in trained if one[1].device.type not in ("cpu", "cuda")), None)
+    if strange is not None:
+        raise ValueError(
+            f"The parameter {strange[0]} is on a device {strange[1].device.type!r}, which LayUp with several workers "
+            "excludes: they can read each other's memory on CPUs and CUDA GPUs only. Load the model onto one of these."
         )
 
 
@@ -259,19 +316,28 @@ def _refuse_optimizer(name: str, args: TrainingArguments, scaler: Any, skips: bo
 
 
 def check_data(dataset: Any, args: TrainingArguments) -> None:
-    """Refuse a training set that has fewer steps in an epoch than there are workers.
+    """Refuse a training set that several workers cannot share, or that has fewer steps in an epoch than there are.
 
     Raises:
         ValueError: With the numbers and the remedy.
     """
-    if dataset is None or not hasattr(dataset, "__len__") or args.world_size == 1:
+    if not has_several_workers(args):
+        return
+    if is_split_by_node(dataset):
+        raise ValueError(
+            "`split_dataset_by_node` and LayUp with several workers exclude each other: they share the training set, "
+            "or take their shards of it, so parts of it would be left out. Pass the whole, as it is before the split."
+        )
+    try:
+        length = sum(map(len, dataset.values())) if isinstance(dataset, Mapping) else len(dataset)
+    except TypeError:  # of no known length
         return
     samples = args.train_batch_size * args.gradient_accumulation_steps
-    dropped = len(dataset) % args.train_batch_size if args.dataloader_drop_last else 0
-    steps = -(-(len(dataset) - dropped) // samples)
+    dropped = length % args.train_batch_size if args.dataloader_drop_last else 0
+    steps = -(-(length - dropped) // samples)
     if steps < args.world_size:
         raise ValueError(
-            f"The training set has {len(dataset)} samples, {steps} steps of {samples}: fewer than the "
+            f"The training set has {length} samples, {steps} steps of {samples}: fewer than the "
             f"{args.world_size} workers. Start at most {max(steps, 1)} workers, lower `per_device_train_batch_size` or "
             "`gradient_accumulation_steps`, or train on more data."
         )

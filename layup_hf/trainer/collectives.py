@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from accelerate import DistributedType, PartialState
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import do_nothing
 from accelerate.utils import gather_object
 
 from ..progress.clock import WorkerFailure
@@ -14,12 +17,50 @@ from .host import Host
 from .members import Members
 from .state import RunState
 
+_CHOOSING: dict[type, dict[str, Any]] = {
+    PartialState: {
+        name: vars(PartialState)[name]
+        for name in ("use_distributed", "is_main_process", "is_last_process", "on_process")
+    },
+    Accelerator: {"is_last_process": vars(Accelerator)["is_last_process"]},
+}
+"""By what accelerate chooses one worker: from the numbers that it has. (The place on this machine stays as it is.)"""
+
+
+@functools.lru_cache(maxsize=1)
+def _choosing_of_all(process: int, workers: int) -> dict[type, dict[str, Any]]:
+    """The same by this worker's place among all."""
+
+    def on_process(self: PartialState, function: Any = None, process_index: int | None = None) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(self.on_process, process_index=process_index)
+        return function if process_index == process else do_nothing
+
+    is_last = property(lambda self: process == workers - 1)
+    of_state = {
+        "use_distributed": property(lambda self: True),
+        "is_main_process": property(lambda self: process == 0),
+        "is_last_process": is_last,
+        "on_process": on_process,
+    }
+    return {PartialState: of_state, Accelerator: {"is_last_process": is_last}}
+
+
+def _place_in_group() -> tuple[int, int]:
+    """This worker's number, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
 
 class Collectives:
     """What a subclass or a callback gathers or reduces through accelerate is of this worker alone, or of all.
 
     In its own step, in the callbacks that go with steps or begin and end an epoch, and in logging a worker is alone:
-    the others are elsewhere, and would not join in.
+    the others are elsewhere, and would not join in. Then `process_index` and `num_processes` of accelerate say 0 of 1,
+    too, so that what a step reads at its own place in what it has gathered is its own. What chooses one worker among
+    all (`is_main_process`, `is_last_process`, `on_main_process`, `on_process`, `print` and the like) still does, and
+    the Trainer's arguments tell of all workers as always.
 
     Attributes:
         is_alone: This worker is in the middle of something that the others do not do at the same time.
@@ -45,22 +86,37 @@ class Collectives:
 
     @contextlib.contextmanager
     def _acting_as(self, kind: DistributedType, is_alone: bool) -> Iterator[None]:
-        states = (
-            PartialState(),
-            self._host.accelerator.state,
-        )  # accelerate copies the first into the second now and then
-        before = states[0].distributed_type, self.is_alone, PartialState.use_distributed
-        # By this one accelerate tells whether `on_main_process` and the like choose among workers: there are several.
-        PartialState.use_distributed = property(lambda state: state.num_processes > 1)
+        before = PartialState().distributed_type, self.is_alone
+        self._tell_accelerate(kind)
         self.is_alone = is_alone
-        for state in states:
-            state.distributed_type = kind
         try:
             yield
         finally:
-            for state in states:
-                state.distributed_type = before[0]
-            _, self.is_alone, PartialState.use_distributed = before
+            self._tell_accelerate(before[0])
+            self.is_alone = before[1]
+
+    def _tell_accelerate(self, kind: DistributedType) -> None:
+        """Let it say who is there now, consistently. What chooses one worker for something goes on choosing of all."""
+        process, workers = _place_in_group()
+        is_alone = kind == DistributedType.NO and workers > 1
+        # accelerate copies the first into the second now and then
+        for state in (PartialState(), self._host.accelerator.state):
+            state.distributed_type = kind
+            state.process_index, state.num_processes = (0, 1) if is_alone else (process, workers)
+        for owner, members in (_choosing_of_all(process, workers) if is_alone else _CHOOSING).items():
+            for name, member in members.items():
+                setattr(owner, name, member)
+        self._host.let_arguments_see({"process_index": process, "num_processes": workers} if is_alone else None)
+
+    @contextlib.contextmanager
+    def own_tokens(self) -> Iterator[None]:
+        """Let the Trainer normalise by the tokens of this worker, whatever `average_tokens_across_devices` is."""
+        args = self._host.args
+        before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            args.average_tokens_across_devices = before
 
     def gather(self, item: Any) -> list[Any]:
         """One object of every worker, in the order of ranks. Collective.

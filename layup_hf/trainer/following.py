@@ -45,7 +45,7 @@ class ClockFollower:
                 trainer_state.global_step += 1
                 steps = (trainer_state.global_step - host.initial_global_step) * self._members.workers
                 epochs = course.initial_epoch + steps / course.updates_per_epoch
-                trainer_state.epoch = max(place.epoch, min(place.epoch + 1, epochs))
+                trainer_state.epoch = float(max(place.epoch, min(place.epoch + 1, epochs)))
                 host.emit("on_step_end")
                 if stops_at_wish and any(Wishes.of(host.control)):
                     break

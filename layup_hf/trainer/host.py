@@ -137,6 +137,9 @@ class Host(Protocol):
     def forget_evaluation_loaders(self) -> None:
         """Let evaluations make their loaders anew: they yield the shard of another rank."""
 
+    def let_arguments_see(self, place: dict[str, int] | None) -> None:
+        """Let `args` tell of other workers than accelerate does. Args: `process_index` and `num_processes`, or None."""
+
     def keepalive(self) -> object:
         """What keeps the Trainer alive as long as it is referred to: a host does not."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +14,11 @@ from accelerate import skip_first_batches
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from ..fleet.launch import has_joined
 from ..progress.clock import ProgressClock
+from ..progress.randomness import Randomness
 from ..progress.sharing import SharedLoader, SharedStream, Update
 from .collectives import Collectives
 from .eras import Eras
@@ -26,6 +30,9 @@ from .members import Members
 from .report import show_shares
 from .state import RunState
 from .wishes import Wishes
+from .work import seed_of_data
+
+logger = logging.getLogger(__name__)
 
 _POLL = 0.002  # seconds between two looks at whether a slow peer has given up batches
 _PATIENCE = 1000  # looks before asking all to meet
@@ -102,7 +109,7 @@ class TrainingLoop:
             if follower.is_stopped:
                 break
         if not follower.is_stopped:
-            host.state.epoch = epoch + 1
+            host.state.epoch = float(epoch + 1)
             if is_last:
                 self._end_data()
         with self._collectives.alone(may_meet=True):
@@ -128,6 +135,8 @@ class TrainingLoop:
         while not self._follower.is_stopped:
             if isinstance(loader, SharedLoader | SharedStream):
                 yield from loader.updates(epoch)
+                if isinstance(loader, SharedStream) and loader.is_empty:
+                    self._end_as_empty()
                 yield from self._given_up(loader, epoch, is_last)
                 if self._follower.is_stopped:
                     return
@@ -139,15 +148,27 @@ class TrainingLoop:
 
     def _updates_of_shard(self, loader: Any, epoch: int, skip: int) -> Iterator[Update]:
         """From a loader of the Trainer's own making."""
+        args = self._host.args
         self._state.shard_place = (epoch, skip)
         is_empty = skip == 0
-        for update in _read_shard(loader, epoch, self._host.args.gradient_accumulation_steps, skip):
+        for update in _read_shard(loader, epoch, args.gradient_accumulation_steps, skip, seed_of_data(args)):
             is_empty = False
             skip += len(update)
             self._state.shard_place = (epoch, skip)
             yield iter(update)
-        if is_empty:
+        if is_empty and self._state.steps_done == 0:  # the others may have some
             raise ValueError(f"The training loader of rank {self._host.rank} yields not a single batch.")
+        if is_empty:
+            self._end_as_empty()
+
+    def _end_as_empty(self) -> None:
+        """A pass has yielded nothing: end training as the Trainer does."""
+        logger.warning(
+            f"The training data yield not a single batch to rank {self._host.rank} in epoch {self._state.epoch}, so "
+            f"training ends at step {self._host.state.global_step} of {self._host.state.max_steps}. A stream that can "
+            "be read once only ends so, too."
+        )
+        self._host.control.should_training_stop = True
 
     def _given_up(self, loader: SharedLoader | SharedStream, epoch: int, is_last: bool) -> Iterator[Update]:
         """What slow workers have drawn ahead and not begun. Where all are about to meet anyway, it is waited for."""
@@ -244,14 +265,24 @@ class TrainingLoop:
             self._meetings.act()
 
 
-def _read_shard(loader: Any, epoch: int, accumulation: int, skip: int) -> Iterator[list[Any]]:
-    """Batches of one step each, from a loader of the Trainer's own making, which yields this worker's shard."""
+def _read_shard(loader: Any, epoch: int, accumulation: int, skip: int, seed: int) -> Iterator[list[Any]]:
+    """Batches of one step each, from a loader of the Trainer's own making, which yields this worker's shard.
+
+    Shards of a stream are cut out of what every worker reads: what it draws from global generators is the same for all.
+    """
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    reading = Randomness(seed + epoch).in_use if is_stream else contextlib.nullcontext
     if skip:
         loader = skip_first_batches(loader, skip)
     inner = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
     for part in (loader, inner):  # accelerate does not pass the epoch on to a batch sampler that it has wrapped
         if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-    batches = iter(loader)
-    while update := list(itertools.islice(batches, accumulation)):
+    with reading():
+        batches = iter(loader)
+    while True:
+        with reading():
+            update = list(itertools.islice(batches, accumulation))
+        if not update:
+            return
         yield update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -20,8 +21,9 @@ from ..fleet.group import Group
 from ..fleet.launch import launches
 from ..fleet.membership import Era, Membership
 from ..fleet.network import TOKEN_VARIABLE, Network, job_token
-from ..fleet.store import Job, connect_store, launcher_store, start_keeper
+from ..fleet.store import GroupStore, Job, launcher_store, start_keeper
 from ..progress.ahead import Ahead
+from ..windows import opening
 from .host import Host
 from .state import RunState
 
@@ -53,6 +55,7 @@ class Members:
         self._host, self._state = host, state
         self._planned: int | None = None
         self._group: Group | None = None
+        self._group_store: GroupStore | None = None
         self.membership: Membership | None = None
         self.launched_as = DistributedType.NO
 
@@ -110,10 +113,7 @@ class Members:
         if job is not None:
             connect, lease = job.connect, job.lease_seconds
         else:
-            run = gather_object([uuid.uuid4().hex])[0]
-
-            def connect() -> Store:
-                return connect_store(run) if self.workers > 1 else torch.distributed.HashStore()
+            connect = self._connecting_to_group()
 
         self.token = self._agree_on_token(connect)
         self.job_name = hashlib.sha256(self.token + (job.run.encode() if job else b"")).digest()[:16]
@@ -124,6 +124,14 @@ class Members:
                 roster = gather_object([self.membership.member])
                 self.form_group(Era(1, tuple(roster)))
         return connect
+
+    def _connecting_to_group(self) -> Callable[[], Store]:
+        """What makes connections to the store of the process group. Collective."""
+        if self.workers == 1:
+            return torch.distributed.HashStore
+        run = gather_object([uuid.uuid4().hex])[0]
+        self._group_store = GroupStore(self._host.rank, lambda item: gather_object([item]), opening.host())
+        return functools.partial(self._group_store.connect, run)
 
     def _find_job(self) -> tuple[Job | None, float | None]:
         """The job of several launches, and how long a lease holds if one is wanted."""

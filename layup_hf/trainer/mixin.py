@@ -83,7 +83,6 @@ class LayupMixin(_Base):
         check_runtime(self)
         check_model(self._layup.host.model, self.args)
         check_data(self.train_dataset, self.args)
-        self.args.average_tokens_across_devices = False
         if self._layup.minds_preemption:
             self.add_callback(self._layup.preemption)
         if straggler := self._layup.host.options.straggler:
@@ -127,6 +126,15 @@ class LayupMixin(_Base):
         """As the Trainer's; now and then with a measurement of the gradient's bias."""
         stock = functools.partial(super().training_step, model, inputs, num_items_in_batch)
         return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; in evaluation, too, normalised by this worker's own tokens."""
+        with self._layup.collectives.own_tokens():
+            return super().compute_loss(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        with self._layup.collectives.own_tokens():
+            return super()._get_num_items_in_batch(*args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._layup.steps.clip_grad_norm(model, functools.partial(super()._clip_grad_norm, model))

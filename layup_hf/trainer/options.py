@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -102,8 +104,83 @@ class Options:
     )
 
 
+_KINDS = {option.name: str(option.type) for option in fields(Options)}
+"""The annotation of each option, as written here: `HfArgumentParser` puts types in their place."""
+
+_TRUE, _FALSE, _NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "~", "")
+
+
+def settle_types(options: Options) -> None:
+    """Turn what YAML or a command line makes of a value into what it means, where that is not in doubt.
+
+    Raises:
+        ValueError: A value is of another type than its option.
+    """
+    for name, value in _settled(options).items():
+        setattr(options, name, value)
+
+
+def require_types(options: Options) -> None:
+    """Make sure that no option has been set to a value of another type since `settle_types`.
+
+    Raises:
+        ValueError: One has.
+    """
+    for name, value in _settled(options).items():
+        if value is not getattr(options, name) and value != getattr(options, name):
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} is of another type than this option. Set it to {value!r}."
+            )
+
+
+def _settled(options: Options) -> dict[str, Any]:
+    """Every option with its value in its own type."""
+    return {name: _settle(name, kind, getattr(options, name)) for name, kind in _KINDS.items()}
+
+
+def _settle(name: str, kind: str, value: Any) -> Any:
+    """One value. Args: `kind` is the annotation of the field."""
+    wanted, _, none = kind.partition(" | ")
+    if none and (value is None or (wanted != "str" and isinstance(value, str) and value.lower() in _NONE)):
+        return None
+    read = {"bool": _as_bool, "int": _as_int, "float": _as_float, "str": _as_str}[wanted]
+    settled = read(name, value)
+    if settled is None:
+        what = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[wanted]
+        raise ValueError(f"{name}={value!r} is not of its type: use {what}{', or None' if none else ''}.")
+    return settled
+
+
+def _as_bool(name: str, value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str | int) and str(value).lower() in _TRUE + _FALSE:
+        return str(value).lower() in _TRUE
+    return None
+
+
+def _as_int(name: str, value: Any) -> int | None:
+    number = _as_float(name, value)
+    return int(number) if number is not None and math.isfinite(number) and number == int(number) else None
+
+
+def _as_float(name: str, value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _as_str(name: str, value: Any) -> str | None:
+    if name == "nesterov" and isinstance(value, bool):  # YAML reads `on` and `off` as these
+        return "on" if value else "off"
+    return value if isinstance(value, str) else None
+
+
 _DEFAULTS = Options()
-_NAMES = tuple(field.name for field in fields(Options))
+_NAMES = tuple(_KINDS)
 
 
 def options_of(args: Any) -> Options:

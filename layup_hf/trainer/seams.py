@@ -83,6 +83,7 @@ SEAMS = (
         ("_finalize_training", "trial"),
         ("_get_grad_norm", "model", "grad_norm"),
         ("_init_training_state", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+        "_get_num_items_in_batch",
         "_prepare_for_training",
         (
             *("_run_epoch", "model", "epoch", "train_dataloader", "trial", "ignore_keys_for_eval", "start_time"),
@@ -131,7 +132,7 @@ SEAMS = (
     *_of("accelerate.state.GradientState", "1.1", "_set_sync_gradients"),
     *_of("accelerate.state.PartialState", "1.1", "use_distributed"),
     # ---- torch ----
-    *_of("torch.distributed.distributed_c10d", "2.6", "_abort_process_group", "_set_pg_timeout"),
+    *_of("torch.distributed.distributed_c10d", "2.6", "_abort_process_group", "_get_default_store", "_set_pg_timeout"),
     *_of("torch.distributed", "2.6", "DistError"),
     *_of("torch.nn.modules.batchnorm", "2.6", "_NormBase"),
     *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks"),

@@ -21,10 +21,12 @@ from transformers.utils import logging
 from ..progress.ahead import Ahead
 from ..progress.cursor import Cursor, position_of_shards
 from ..progress.sharing import SharedLoader, SharedStream
+from .checks import check_sharing
 from .host import Host
 from .members import Members
 from .resumed import POSITION, Resumed
 from .state import RunState
+from .streams import require_same_seeds
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +40,11 @@ _LOADER_OPTIONS = (
     "prefetch_factor",
     "worker_init_fn",
 )
+
+
+def seed_of_data(args: TrainingArguments) -> int:
+    """Of the orders of epochs."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class WorkSharing:
@@ -87,14 +94,18 @@ class WorkSharing:
         host, args = self._host, self._host.args
         if not self.goes_by_clock:
             return stock()
+        check_sharing(args)
         if not self.shares_batches:
             with _nothing_dispatched(host.accelerator):
                 return stock()
         with _nothing_prepared(host.accelerator):
             loader = stock()
-        accumulation = args.gradient_accumulation_steps
+        if loader.batch_size is None:  # a subclass makes its batches itself
+            with _nothing_dispatched(host.accelerator):
+                return host.accelerator.prepare(loader)
+        accumulation, seed = args.gradient_accumulation_steps, seed_of_data(args)
         if isinstance(loader.dataset, IterableDataset):
-            return SharedStream(loader, accumulation, host.rank, self._members.workers)
+            return SharedStream(loader, accumulation, seed, host.rank, self._members.workers)
 
         def make_loader(batches: Sampler[list[int]]) -> DataLoader:
             options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
@@ -106,7 +117,7 @@ class WorkSharing:
             batch_size=loader.batch_size,
             accumulation=accumulation,
             drop_last=loader.drop_last,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=seed,
             rank=host.rank,
             world_size=self._members.workers,
         )
@@ -124,6 +135,8 @@ class WorkSharing:
         self._train_loader, workers, course = dataloader, self._members.workers, self._state.course
         self._position = self._cursor = None
         is_shared = self.shared_loader is not None
+        if self.goes_by_clock:
+            require_same_seeds(getattr(dataloader, "dataset", None), lambda seeds: gather_object([seeds]))
         if self.shares_batches and not is_shared:
             logger.warning(
                 f"{self._host.name} makes its own training loader, so batches are not shared: every worker keeps "

@@ -191,6 +191,12 @@ def _require_one_host(hosts: list[str]) -> None:
 def _share(blocks: Sequence[Block]) -> tuple[_Segment | None, list[bytes | None]]:
     """Make the blocks' tensors visible to peers; CPU tensors move into one segment, in place."""
     tensors = [tensor for block in blocks for tensor in (*block.parameters, *block.buffers)]
+    strange = {tensor.device.type for tensor in tensors} - {"cpu", "cuda"}
+    if strange:
+        raise ValueError(
+            f"Shared windows need parameters on CPUs or CUDA GPUs, not on {', '.join(sorted(strange))}: peers cannot "
+            "read the memory of other devices."
+        )
     offsets, total = _layout(tensors)
     handles = [bytes(ForkingPickler.dumps(tensor.detach())) if tensor.is_cuda else None for tensor in tensors]
     if total == 0:

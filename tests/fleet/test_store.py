@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from layup_hf.fleet.keeper import BEATS, WORKERS
 from layup_hf.fleet.network import Network
-from layup_hf.fleet.store import Job, connect_store, start_keeper
+from layup_hf.fleet.store import Job, launcher_store, start_keeper
 from layup_hf.progress.clock import ProgressClock, WorkerFailure
 
 # ---- The keeper ----
@@ -236,6 +236,10 @@ def launcher(monkeypatch):
     return store
 
 
+def connect_store(run):
+    return PrefixStore(run, launcher_store())
+
+
 def test_the_workers_of_a_run_meet_in_the_launchers_store(launcher):
     first, second = ProgressClock(connect_store("run"), 4), ProgressClock(connect_store("run"))
     assert [first.draw(), second.draw(), first.draw()] == [4, 5, 6]
@@ -272,3 +276,91 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):
         connect_store("run")
+
+
+# ---- The store of the process group ----
+
+MEMBER = """
+import sys
+import torch.distributed as dist
+from layup_hf.fleet.store import GroupStore
+
+rank, method, machine = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
+
+
+def gather(item):
+    found = [None, None]
+    dist.all_gather_object(found, item)
+    return found
+
+
+store = GroupStore(rank, gather, machine)
+connections = [store.connect(run) for run in ("first", "second")]
+connections[0].add("count", 1)
+dist.barrier()
+print(connections[0].add("count", 0), connections[1].add("count", 0), flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def run_members(method, machines=("here", "here")):
+    """What each of two processes prints, and what it fails with."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(rank), method, machine],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, machine in enumerate(machines)
+    ]
+    return [member.communicate(timeout=120) for member in members]
+
+
+def test_a_group_that_was_made_through_a_file_has_a_store_that_rank_0_keeps(tmp_path):
+    assert [output for output, _ in run_members(f"file://{tmp_path}/group")] == ["2 0\n"] * 2
+
+
+def test_a_group_has_its_own_store_wherever_that_is():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert [output for output, _ in run_members(f"tcp://127.0.0.1:{port}")] == ["2 0\n"] * 2
+
+
+def test_a_group_of_several_hosts_that_was_made_through_a_file_is_refused(tmp_path):
+    for output, error in run_members(f"file://{tmp_path}/group", machines=("here", "there")):
+        assert output == ""
+        assert "ValueError: The process group has been made without a store" in error
+        assert "`accelerate launch` or `torchrun`" in error
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+from accelerate import debug_launcher
+
+def main():
+    from stock import arguments, gpt2, text
+    from layup_hf import LayupTrainer
+    args = arguments(Path(sys.argv[1]), max_steps=4)
+    trainer = LayupTrainer(model=gpt2(), args=args, train_dataset=text())
+    print("steps", trainer.train().global_step, args.world_size, flush=True)
+
+if __name__ == "__main__":
+    debug_launcher(main, num_processes=2)
+"""
+
+
+def test_workers_of_the_debug_launcher_train(tmp_path):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=200, check=True
+    )
+    assert done.stdout.count(" 4 2\n") == 2  # of two processes that write at the same time

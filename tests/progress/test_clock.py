@@ -9,7 +9,7 @@ from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.fleet.store import connect_store
+from layup_hf.fleet.store import launcher_store
 from layup_hf.progress.ahead import Ahead
 from layup_hf.progress.clock import ProgressClock, WorkerFailure
 
@@ -39,7 +39,7 @@ def test_draws_are_consecutive_over_all_workers(workers, start):
 
 
 def test_draws_of_threads_are_consecutive(launcher):
-    everybody = clocks(4, start=7, store=connect_store("run"))
+    everybody = clocks(4, start=7, store=launcher_store())
     numbers = together([lambda c=clock: [c.draw() for _ in range(50)] for clock in everybody])
     assert sorted(itertools.chain(*numbers)) == list(range(7, 207))
     assert all(own == sorted(own) for own in numbers)
@@ -48,11 +48,11 @@ def test_draws_of_threads_are_consecutive(launcher):
 @pytest.mark.parametrize("most", [1, 8])
 def test_draws_ahead_are_consecutive_over_all_workers(launcher, most):
     """What one holds when it ends has been drawn, too."""
-    everybody = clocks(4, start=7, store=connect_store("run"))
+    everybody = clocks(4, start=7, store=launcher_store())
 
     def draw(clock):
         with ThreadPoolExecutor(1) as executor:
-            clock.draw_ahead(connect_store("run"), lambda ask: Ahead(ask, executor, most=most))
+            clock.draw_ahead(launcher_store(), lambda ask: Ahead(ask, executor, most=most))
             numbers = [clock.draw() for _ in range(50)]
             return numbers, [value - 1 for value in clock._ahead.held()]
 

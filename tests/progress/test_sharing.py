@@ -1,7 +1,9 @@
 """Every sample goes to exactly one worker, whoever is slow, draws ahead, stops or resumes."""
 
+import copy
 import itertools
 import json
+import pickle
 import random
 from collections import Counter, deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from layup_hf.progress.ahead import Ahead
 from layup_hf.progress.cursor import Cursor, Draw, FixedShares, position_of_shards
+from layup_hf.progress.randomness import Checksum
 from layup_hf.progress.sharing import SharedLoader, SharedStream
 
 
@@ -775,9 +778,9 @@ class StreamOfKnownLength(Stream):
         return self.samples
 
 
-def make_stream(samples, kind=Kind(), *, rank=0, world_size=1, dataset=Stream):  # noqa: B008
+def make_stream(samples, kind=Kind(), *, rank=0, world_size=1, dataset=Stream, seed=0):  # noqa: B008
     loader = DataLoader(dataset(samples), batch_size=kind.batch_size, collate_fn=list)
-    return SharedStream(loader, kind.accumulation, rank, world_size)
+    return SharedStream(loader, kind.accumulation, seed, rank, world_size)
 
 
 def updates_of_stream(samples, kind, epoch=0):
@@ -807,11 +810,153 @@ def test_every_batch_of_a_stream_goes_to_exactly_one_worker(kind, workers, sampl
         assert used == updates_of_stream(samples, kind, epoch)
 
 
-def test_an_empty_stream_is_an_error_on_one_worker():
-    workers = Workers([make_stream(0), make_stream(0)])
-    with pytest.raises(ValueError, match="not a single batch in epoch 0"):
-        workers.move(0)
-    assert workers.move(1) is None
+def test_an_empty_stream_is_seen_by_every_worker():
+    streams = [make_stream(0), make_stream(0)]
+    workers = Workers(streams)
+    assert [workers.move(rank) for rank in range(2)] == [None, None]
+    assert all(stream.is_empty for stream in streams)
+
+
+class OnePass(Stream):
+    """As a generator that is used up by its first pass."""
+
+    def __iter__(self):
+        return iter(range(self.samples if self.epoch == 0 else 0))
+
+
+def test_a_stream_that_yields_nothing_in_its_second_pass_is_empty_then():
+    streams = [make_stream(8, dataset=OnePass), make_stream(8, dataset=OnePass)]
+    workers = Workers(streams)
+    workers.run(0, 1)
+    assert workers.samples() == Counter(range(8))
+    assert not any(stream.is_empty for stream in streams)
+    assert [list(stream.updates(1)) for stream in streams] == [[], []]
+    assert all(stream.is_empty for stream in streams)
+
+
+# ---- Streams that are random ----
+
+
+class Shuffled(Stream):
+    """Shuffles by a global generator, some of it before it begins and some while it goes."""
+
+    def __iter__(self):
+        for start in range(0, self.samples, 5):
+            yield from self.mix(list(range(start, min(start + 5, self.samples))))
+
+
+class ByTorch(Shuffled):
+    def mix(self, numbers):
+        return [numbers[place] for place in torch.randperm(len(numbers)).tolist()]
+
+
+class ByNumpy(Shuffled):
+    def mix(self, numbers):
+        return np.random.permutation(numbers).tolist()
+
+
+class ByPython(Shuffled):
+    def mix(self, numbers):
+        random.shuffle(numbers)
+        return numbers
+
+
+def train_a_little(rank):
+    """What a step draws from the global generators, on each worker something else."""
+    torch.rand(rank + 1), np.random.rand(rank + 1), random.random()
+
+
+@pytest.mark.parametrize("dataset", [ByTorch, ByNumpy, ByPython])
+def test_a_stream_that_a_global_generator_shuffles_goes_to_exactly_one_worker(dataset):
+    streams = [make_stream(53, Kind(2), dataset=dataset) for _ in range(3)]
+    workers = Workers(streams, epochs=2)
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    for turn in range(200):
+        rank = (0, 1, 0, 2)[turn % 4]
+        train_a_little(rank)
+        workers.move(rank)
+    orders = [[sample for use in workers.used if use.epoch == epoch for sample in use.batches[0]] for epoch in (0, 1)]
+    assert [sorted(order) for order in orders] == [list(range(53))] * 2
+    assert orders[0] != orders[1]
+    assert orders[0] != list(range(53))
+
+
+def test_a_resumed_stream_is_shuffled_as_before():
+    first = Workers([make_stream(53, dataset=ByTorch) for _ in range(2)])
+    for rank in (0, 1, 0, 0, 1):
+        first.take_step(rank)
+    second = Workers([make_stream(53, dataset=ByTorch) for _ in range(3)], position=first.position())
+    torch.manual_seed(99)
+    second.run(0, 1, 2)
+    assert first.samples() + second.samples() == Counter(range(53))
+
+
+def test_reading_a_stream_draws_nothing_from_what_training_draws_from():
+    drawn = []
+    for reads in (True, False):
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        updates = make_stream(20, dataset=ByTorch).updates(0)
+        for _ in range(3):
+            if reads:
+                next(updates)
+            drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[:3] == drawn[3:]
+
+
+class ByItself(Stream):
+    """With a generator of its own that nobody has seeded."""
+
+    def __iter__(self):
+        return iter(np.random.default_rng().permutation(self.samples).tolist())
+
+
+class TakesOneOfTwo(Stream):
+    """With each worker taking a part of it by its rank."""
+
+    taken = itertools.count()
+
+    def __iter__(self):
+        return iter(range(next(self.taken) % 2, self.samples, 2))
+
+
+class CutShort(Stream):
+    """Alike as far as it goes, but shorter on one worker."""
+
+    cut = itertools.count()
+
+    def __iter__(self):
+        return iter(range(self.samples - 8 * (next(self.cut) % 2)))
+
+
+@pytest.mark.parametrize("dataset", [ByItself, TakesOneOfTwo, CutShort])
+def test_streams_that_differ_between_workers_are_refused(dataset):
+    workers = Workers([make_stream(50, dataset=dataset) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"read different streams in epoch 0.*`seed=`.*by its rank.*shared_batches"):
+        workers.run(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "other"),
+    [
+        ({"a": torch.arange(4)}, {"a": torch.arange(1, 5)}),
+        ({"a": torch.zeros(100, 1000)}, {"a": torch.ones(100, 1000)}),
+        ({"a": ["x", "y"]}, {"a": ["x", "z"]}),
+        ([(1, None, 2.5)], [(1, None, 2.0)]),
+        ([np.arange(3)], [np.arange(4)]),
+        ({"a": torch.tensor([1 + 2j]).conj()}, {"a": torch.tensor([1 + 2j])}),
+        ([torch.zeros(2, dtype=torch.bfloat16)], [torch.zeros(2, dtype=torch.half)]),
+    ],
+)
+def test_a_checksum_tells_batches_apart(batch, other):
+    def value(*batches):
+        checksum = Checksum()
+        for each in batches:
+            checksum.add(each)
+        return checksum.value
+
+    assert value(batch, other) == value(batch, other)
+    assert len({value(batch), value(other), value(batch, other), value(other, batch)}) == 4
+    assert value(object()) == value(object())
 
 
 def test_a_stream_that_was_used_up_before_is_no_error():
@@ -844,3 +989,80 @@ def test_a_stream_has_the_length_that_its_data_set_knows():
     assert (stream.update_size, stream.mean_update, stream.batch_size) == (6, 6.0, 2)
     with pytest.raises(TypeError):
         len(make_stream(21))
+
+
+# ---- Samplers and loaders of any kind ----
+
+
+class Keys(Sampler):
+    """In an order that a global generator of Python or numpy makes."""
+
+    def __init__(self, keys, shuffle):
+        self.keys, self.shuffle = keys, shuffle
+
+    def __iter__(self):
+        keys = list(self.keys)
+        self.shuffle(keys)
+        return iter(keys)
+
+    def __len__(self):
+        return len(self.keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [f"name-{number}" for number in range(23)],
+        [(number // 5, number % 5) for number in range(23)],
+        [np.int32(number) for number in range(23)],
+        [torch.tensor(number) for number in range(23)],
+        [*range(22), 1 << 40],
+    ],
+    ids=["names", "tuples", "numpy", "torch", "large"],
+)
+@pytest.mark.parametrize("shuffle", [random.shuffle, np.random.shuffle])
+def test_a_sampler_may_yield_any_keys_and_draw_from_any_global_generator(keys, shuffle):
+    plain = [int(key) if hasattr(key, "__index__") else key for key in keys]
+    data = {key: number for number, key in enumerate(plain)}
+
+    def loader(batches):
+        return DataLoader(data, batch_sampler=batches, collate_fn=list)
+
+    if shuffle is np.random.shuffle and isinstance(keys[0], tuple):
+        shuffle = random.shuffle  # numpy would mix the tuples themselves
+    workers = Workers(
+        [make_loader(23, Kind(2), sampler=Keys(keys, shuffle), loader=loader) for _ in range(2)], epochs=2
+    )
+    for turn in range(100):
+        train_a_little(turn % 2)
+        workers.move(turn % 2)
+    for epoch in range(2):
+        assert workers.samples(epoch) == Counter(range(23))
+    assert [u.batches for u in workers.used if u.epoch == 0] != [u.batches for u in workers.used if u.epoch == 1]
+
+
+def test_a_shared_loader_has_what_a_loader_has():
+    data = list(range(21))
+    stock = DataLoader(data, batch_size=4, num_workers=2, drop_last=True, collate_fn=sum, prefetch_factor=3)
+    shared = SharedLoader(
+        lambda batches: DataLoader(data, batch_sampler=batches, num_workers=2, collate_fn=sum, prefetch_factor=3),
+        stock.sampler,
+        batch_size=4,
+        accumulation=1,
+        drop_last=True,
+        seed=0,
+        rank=1,
+        world_size=2,
+    )
+    stream = SharedStream(
+        DataLoader(Stream(9), batch_size=4, num_workers=2, collate_fn=sum, prefetch_factor=3), 1, 0, 1, 2
+    )
+    names = ("batch_size", "num_workers", "collate_fn", "prefetch_factor", "pin_memory", "timeout", "in_order")
+    for loader in (shared, stream):
+        assert [getattr(loader, name) for name in names] == [getattr(stock, name) for name in names]
+        assert loader.total_batch_size == 8
+        assert not hasattr(loader, "no_such_thing")
+    assert (shared.drop_last, shared.sampler, shared.total_dataset_length) == (True, stock.sampler, 21)
+    assert list(shared.batch_sampler) == [[4, 5, 6, 7], [12, 13, 14, 15]]
+    assert (shared.batch_sampler.batch_size, shared.batch_sampler.batch_sampler.sampler) == (4, stock.sampler)
+    assert pickle.loads(pickle.dumps(copy.copy(stream.sampler))) is not None

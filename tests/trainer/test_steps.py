@@ -191,11 +191,6 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_refused(tmp_path):
     assert same(ours.model, train(scaling(Trainer), tmp_path, optim="sgd").model)
 
 
-def test_fp16_without_a_scaler_is_refused_at_construction(tmp_path):
-    with pytest.raises(ValueError, match=r"`fp16` on a cpu device and LayUp exclude each other.*`bf16`"):
-        LayupTrainer(model=gpt2(), args=arguments(tmp_path, fp16=True), train_dataset=text())
-
-
 @pytest.mark.parametrize("clip", ["estimate", "exact"])
 def test_the_optimizer_looks_ahead_also_where_the_loss_is_scaled(tmp_path, clip):
     """A gradient that is not finite does not stay in its first moments."""
