@@ -81,7 +81,7 @@ def train(trainer, resume=None):
         "collectives": trainer.collectives,
         "steps": trainer.layup.state.steps_done,
         "global_step": trainer.state.global_step,
-        "began_at": trainer._initial_global_step,
+        "began_at": trainer.layup.host.initial_global_step,
         "logs": trainer.state.log_history,
         "same": same_everywhere(torch.cat([tensor.detach().double().flatten() for tensor in trainable])),
         "blocks": {block.name: block.num_bytes for block in trainer.layup.model.blocks},
