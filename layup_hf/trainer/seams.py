@@ -128,7 +128,7 @@ SEAMS = (
     *_of(_TRAINER, "5.19", "_initial_global_step", is_set=True, is_optional=True),
     *_of(_TRAINER, "5.3", "_initial_num_input_tokens_seen", "_tr_loss", is_set=True),
     *_of(_TRAINER, "5.0", "_globalstep_last_logged", "_total_loss_scalar", "_train_batch_size", is_set=True),
-    *_of(_TRAINER, "5.2", "_get_learning_rate"),
+    *_of(_TRAINER, "5.1", "_get_learning_rate"),
     *_of(_TRAINER, "5.0", "_finish_current_push", "_prepare_inputs"),
     *_of(_TRAINER, "5.0", "_eval_dataloaders", is_optional=True),
     # ---- Elsewhere in transformers ----

@@ -118,7 +118,7 @@ def test_what_a_fault_says(seam, fault):
 def test_it_is_the_first_thing_that_an_import_does():
     """Else a version that lacks a name fails with an error about that name alone, or in the middle of a run."""
     code = "import transformers.trainer_utils as u, transformers.trainer\ndel u.sort_checkpoints\nimport layup_hf"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, cwd=ROOT)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: layup_hf does not work with transformers")
