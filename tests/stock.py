@@ -14,6 +14,11 @@ from layup_hf import LayupConfig, LayupTrainer
 BOTH = ((LayupTrainer, LayupConfig), (Trainer, TrainingArguments))
 """Ours, then theirs: a trainer and its configuration."""
 
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+"""What transformers calls it: the second until 5.22."""
+
 
 def gpt2(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
-from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
+from stock import CHECKPOINTING
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -50,7 +50,7 @@ def arguments(tmp_path):
 REFUSED = {
     "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "stock `Trainer`"),
     "fsdp": ({"fsdp": "full_shard"}, "stock `Trainer`"),
-    "use_reentrant": ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
+    "use_reentrant": ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "Set `use_reentrant` to False"),
     "peers_per_step=0": ({"peers_per_step": 0}, "Leave it unset"),
     "peers_per_step=-1": ({"peers_per_step": -1}, "Leave it unset"),
     "windows='network'": ({"windows": "network"}, "use 'auto', 'shared' or 'nixl'"),
@@ -109,19 +109,20 @@ def test_an_excluded_option_of_plain_arguments_is_refused(option):
 
 
 def test_parallelism_is_refused(arguments):
+    parallelism = pytest.importorskip("accelerate.parallelism_config")  # since accelerate 1.10
     with pytest.raises(ValueError, match=r"`parallelism_config` and LayUp exclude.*stock `Trainer`"):
-        arguments(parallelism_config=ParallelismConfig())
+        arguments(parallelism_config=parallelism.ParallelismConfig())
 
 
 def test_reentrant_checkpointing_is_refused_under_its_older_name(arguments):
-    with pytest.raises(ValueError, match="use_reentrant"):
+    with pytest.raises(ValueError, match=r"`gradient_checkpointing_kwargs=.*'use_reentrant': True"):
         arguments(gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
 def test_reentrant_checkpointing_is_refused_in_parsed_arguments(arguments):
     """On the command line it is a string, parsed after LayUp's first check; the trainer checks again."""
-    config = arguments(activation_checkpointing_kwargs='{"use_reentrant": true}')
-    with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs.*Set `use_reentrant` to False"):
+    config = arguments(**{f"{CHECKPOINTING}_kwargs": '{"use_reentrant": true}'})
+    with pytest.raises(ValueError, match=rf"{CHECKPOINTING}_kwargs.*Set `use_reentrant` to False"):
         check_options(config)
 
 
@@ -208,10 +209,9 @@ def test_possible_options_are_accepted(arguments):
         lease_seconds=1.0,
         network_interface="lo",
         bf16=True,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         gradient_accumulation_steps=4,
         straggler="rank=3,compute=0.4; rank=all,communication=0.05",
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     )
     check_options(config)
     assert (config.peers_per_step, config.windows) == (1, "shared")

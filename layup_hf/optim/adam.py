@@ -14,10 +14,11 @@ def is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
     Or such an Adam without weight decay, which would go into the moments.
     """
     groups = optimizer.param_groups
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)  # old states and torch before 2.8 do not say it by group
     return (
         type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         and not any(group["amsgrad"] or group["maximize"] for group in groups)
-        and all(group["decoupled_weight_decay"] or not group["weight_decay"] for group in groups)
+        and all(group.get("decoupled_weight_decay", is_adamw) or not group["weight_decay"] for group in groups)
         and all(isinstance(beta, float) for beta in groups[0]["betas"])
         and groups[0]["betas"][0] > 0
         and all(group["betas"] == groups[0]["betas"] for group in groups)

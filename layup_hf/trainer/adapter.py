@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils.hub import PushInProgress
 
+from .compat import steps_averaged
 from .options import Options, options_of
 
 
@@ -148,6 +149,10 @@ class TrainerHost:
     @initial_global_step.setter
     def initial_global_step(self, step: int) -> None:
         self._trainer._initial_global_step = step
+
+    @property
+    def steps_averaged(self) -> int:
+        return steps_averaged(self._trainer.state.global_step, self.initial_global_step)
 
     @property
     def initial_tokens(self) -> int:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 from transformers.utils import logging
 
 from .collectives import Collectives
+from .compat import on_plain_cpu
 from .host import Host
 from .hub import HubPushes
 from .resumed import Resumed, optimizer_name, readable
@@ -167,7 +168,8 @@ class Checkpoints:
         resumed = self._state.resumed
         file = resumed.optimizer_file(self._host.rank) if resumed is not None else None
         with readable(checkpoint):
-            stock()
+            with on_plain_cpu(self._host.args):
+                stock()
             if file is not None:
                 self._host.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 

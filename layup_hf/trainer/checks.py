@@ -26,6 +26,9 @@ _UNSTEPPABLE = {
 }
 """Parts of the names of optimizers that cannot be stepped block by block, and why."""
 
+_CHECKPOINTING = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+"""The option's name, and the one until transformers 5.22, which newer versions still take."""
+
 _TORCH_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
@@ -90,15 +93,13 @@ def check_options(args: Any) -> None:
                 f"`{option}` and LayUp exclude each other: {what}. Remove `{option}`, or train with the stock "
                 "`Trainer`."
             )
-    checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
-        args, "gradient_checkpointing_kwargs", None
-    )
-    if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
-        raise ValueError(
-            "`activation_checkpointing_kwargs={'use_reentrant': True}` and LayUp exclude each other: reentrant "
-            "checkpointing runs backward inside backward, so a block would be stepped twice. Set `use_reentrant` to "
-            "False."
-        )
+    for option in _CHECKPOINTING:
+        values = getattr(args, option, None)
+        if isinstance(values, dict) and values.get("use_reentrant"):
+            raise ValueError(
+                f"`{option}={{'use_reentrant': True}}` and LayUp exclude each other: reentrant checkpointing runs "
+                "backward inside backward, so a block would be stepped twice. Set `use_reentrant` to False."
+            )
     optim = getattr(args, "optim", None) or ""
     name = getattr(optim, "value", optim)
     for part, why in _UNSTEPPABLE.items():

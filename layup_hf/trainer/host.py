@@ -34,6 +34,7 @@ class Host(Protocol):
         total_loss: Sum of the losses since the latest log, on the device; to be changed in place or replaced.
         loss_logged: Sum of those that have been logged.
         initial_global_step, initial_tokens: `global_step` and tokens seen when this call of `train()` began.
+        steps_averaged: By what the Trainer divides the sum of all losses at the end of training.
         last_logged_step: The `global_step` of the latest log.
         learning_rate: The present one, for the logs.
         current_flos: Floating-point operations since they were last stored.
@@ -74,6 +75,8 @@ class Host(Protocol):
     def train_batch_size(self) -> int: ...
     @property
     def learning_rate(self) -> float: ...
+    @property
+    def steps_averaged(self) -> int: ...
 
     optimizer: torch.optim.Optimizer
     state: TrainerState

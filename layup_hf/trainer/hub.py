@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import transformers.trainer
-from huggingface_hub import CommitInfo
+import transformers
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress, hf_api
+from transformers.utils.hub import PushInProgress
 
+from .compat import uploading_by
 from .host import Host
 from .report import add_to_card
 from .state import RunState
@@ -108,7 +109,7 @@ class HubPushes:
         if not self._host.is_first:
             return
         for left in Path(self._host.folder).glob(f"{_SNAPSHOT}*"):  # by a run that was killed
-            hf_api().run_as_future(shutil.rmtree, left, ignore_errors=True)  # after what this process still uploads
+            _api().run_as_future(shutil.rmtree, left, ignore_errors=True)  # after what this process still uploads
         self._repo_options = {
             "token": args.hub_token if token is None else token,
             "private": args.hub_private_repo if private is None else private,
@@ -129,7 +130,7 @@ class HubPushes:
         return self._host.hub_model_id or args.hub_model_id or Path(self._host.folder).absolute().name
 
     def _create_repo(self) -> str:
-        repo = hf_api().create_repo(self._repo_name, exist_ok=True, **self._repo_options)
+        repo = _api().create_repo(self._repo_name, exist_ok=True, **self._repo_options)
         self._host.hub_model_id = name = repo.repo_id
         return name
 
@@ -149,7 +150,7 @@ class HubPushes:
             started[upload.place] = self.start(upload)
             return started[upload.place]
 
-        with _uploading_by(start):
+        with uploading_by(start):
             stock(checkpoint_folder)
         if started:
             push = self._host.push_in_progress
@@ -173,7 +174,7 @@ class HubPushes:
                 error.add_note(f"The model is saved in {upload.folder}. Call push_to_hub() again to push it.")
                 raise
 
-        with _uploading_by(send):
+        with uploading_by(send):
             pushed = stock()
         if self._host.is_first:
             jobs = [pushed] if isinstance(pushed, Future) else []
@@ -200,7 +201,7 @@ class HubPushes:
             job: Future = Future()
             job.set_exception(error)
             return job
-        return hf_api().run_as_future(self._send_snapshot, upload, snapshot, self._host.keepalive())
+        return _api().run_as_future(self._send_snapshot, upload, snapshot, self._host.keepalive())
 
     def start_missed(self, superseded: Collection[str] = ()) -> list[Future]:
         """Upload what earlier pushes did not bring, but for the places that are being pushed anyway."""
@@ -233,7 +234,7 @@ class HubPushes:
 
     def _send(self, upload: Upload, folder: str | Path) -> CommitInfo:
         repo = self._host.hub_model_id or self._create_repo()
-        info = hf_api().upload_folder(repo_id=repo, folder_path=folder, **upload.options)
+        info = _api().upload_folder(repo_id=repo, folder_path=folder, **upload.options)
         self.missed.pop(upload.place, None)
         return info
 
@@ -256,15 +257,10 @@ class HubPushes:
             card.write_text(add_to_card(card.read_text(encoding="utf-8"), self._state.facts), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _uploading_by(upload_folder: Callable[..., CommitInfo | Future]) -> Iterator[None]:
-    """Let what the Trainer uploads go through this function, which gets the arguments of `HfApi.upload_folder`."""
-    original, api = transformers.trainer.hf_api, SimpleNamespace(upload_folder=upload_folder)
-    vars(transformers.trainer)["hf_api"] = lambda: api
-    try:
-        yield
-    finally:
-        vars(transformers.trainer)["hf_api"] = original
+@functools.cache
+def _api() -> HfApi:
+    """One for the process: it works off what is done in the background one after the other."""
+    return HfApi(library_name="transformers", library_version=transformers.__version__)
 
 
 def _in_progress(jobs: list[Future]) -> PushInProgress:

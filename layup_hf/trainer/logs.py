@@ -92,6 +92,5 @@ class Logs:
         """Make the Trainer's mean over its own `global_step`s the mean over the steps of all workers. Collective."""
         host = self._host
         mine = torch.tensor(host.loss_logged, device=host.args.device) + host.total_loss
-        steps = host.state.global_step - host.initial_global_step
-        host.loss_logged = reduce(mine, "sum").item() * steps / max(1, self._state.steps_of_all)
+        host.loss_logged = reduce(mine, "sum").item() * host.steps_averaged / max(1, self._state.steps_of_all)
         host.total_loss = torch.zeros_like(host.total_loss)

@@ -86,6 +86,7 @@ class LayupRun:
         self.stop()
         self.model.require_same_parameters()
         self.steps.check()
+        self.host.initial_global_step = self.host.state.global_step  # older Trainers do not note it
         self.state.facts = report.RunFacts(self.members.workers, len(self.model.blocks))
         if self.work.goes_by_clock:
             self.start_gossip()

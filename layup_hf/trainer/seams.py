@@ -1,21 +1,27 @@
 """What the package uses of its libraries that is not a stable interface, and since which version it has this form.
 
 Checked when the package is imported, so that a version which lacks something is named at once, and not by an
-`AttributeError` in the middle of a run. `CONTRIBUTING.md` says how to add a version.
+`AttributeError` in the middle of a run. What versions do differently is evened out in `compat.py`. `CONTRIBUTING.md`
+says how to add a version.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
+import os
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-WORKING = {"transformers": ">=5.23,<5.24", "accelerate": ">=1.15,<2", "torch": ">=2.13,<3"}
+WORKING = {"transformers": ">=5.4,<6", "accelerate": ">=1.8,<2", "torch": ">=2.8,<3"}
 """The versions that work, as in `pyproject.toml`."""
+
+TESTED = {"transformers": "5.24", "accelerate": "1.15", "torch": "2.15"}
+"""The newest that were tested: see `docs/versions.md`. With a newer one the package is imported with a warning."""
 
 
 _MISSING = object()
@@ -32,6 +38,7 @@ class Seam:
         parameters: Of those that it takes, the ones that are relied on.
         is_optional: The package does without where it is missing.
         is_set: An attribute that only instances have: looked for in the code of their class.
+        before: What older versions have in its place, if that will do; `compat.py` knows both.
     """
 
     owner: str
@@ -40,6 +47,7 @@ class Seam:
     parameters: tuple[str, ...] = ()
     is_optional: bool = False
     is_set: bool = False
+    before: str | None = None
 
     @property
     def library(self) -> str:
@@ -52,7 +60,11 @@ class Seam:
             return None if self.is_optional else f"{self.owner} is missing"
         member = inspect.getattr_static(owner, self.member, _MISSING)
         if member is _MISSING:
-            is_there = self.is_optional or (self.is_set and self.member in _names_in(owner))
+            is_there = (
+                self.is_optional
+                or (self.is_set and self.member in _names_in(owner))
+                or (self.before is not None and hasattr(owner, self.before))
+            )
             return None if is_there else f"{self._name} is missing"
         known = _parameters_of(member) if self.parameters else None
         lacking = [name for name in self.parameters if known is not None and name not in known]
@@ -64,12 +76,17 @@ class Seam:
 
 
 def _of(
-    owner: str, since: str, *members: str | tuple[str, ...], is_optional: bool = False, is_set: bool = False
+    owner: str,
+    since: str,
+    *members: str | tuple[str, ...],
+    is_optional: bool = False,
+    is_set: bool = False,
+    before: str | None = None,
 ) -> Iterator[Seam]:
     """Several members of one owner that came at once: names, or a name with the parameters that are relied on."""
     for member in members:
         name, *parameters = (member,) if isinstance(member, str) else member
-        yield Seam(owner, name, since, tuple(parameters), is_optional, is_set)
+        yield Seam(owner, name, since, tuple(parameters), is_optional, is_set, before)
 
 
 _TRAINER = "transformers.trainer.Trainer"
@@ -112,15 +129,15 @@ SEAMS = (
         ("_wrap_model", "model", "training", "dataloader"),
     ),
     # ---- What TrainerHost reads, sets and calls ----
-    *_of(_TRAINER, "5.19", "_initial_global_step", is_set=True),
+    *_of(_TRAINER, "5.19", "_initial_global_step", is_set=True, is_optional=True),
     *_of(_TRAINER, "5.3", "_initial_num_input_tokens_seen", "_tr_loss", is_set=True),
     *_of(_TRAINER, "5.0", "_globalstep_last_logged", "_total_loss_scalar", "_train_batch_size", is_set=True),
-    *_of(_TRAINER, "5.2", "_get_learning_rate"),
+    *_of(_TRAINER, "5.1", "_get_learning_rate"),
     *_of(_TRAINER, "5.0", "_finish_current_push", "_prepare_inputs"),
     *_of(_TRAINER, "5.0", "_eval_dataloaders", is_optional=True),
     # ---- Elsewhere in transformers ----
-    *_of("transformers.trainer", "5.10", "hf_api"),  # replaced while the Trainer uploads
-    *_of("transformers.utils.hub", "5.10", "hf_api"),
+    *_of("transformers.trainer", "5.10", "hf_api", before="upload_folder"),  # replaced while the Trainer uploads
+    *_of("transformers.TrainingArguments", "5.0", "_setup_devices", is_optional=True),  # replaced while it loads
     *_of("transformers.utils.hub", "5.0", "PushInProgress"),
     *_of("transformers.optimization", "5.4", "GreedyLR"),
     *_of("transformers.trainer_utils", "5.2", "sort_checkpoints"),
@@ -149,26 +166,55 @@ SEAMS = (
 
 
 def check_seams() -> None:
-    """Make sure that the installed libraries have all of it.
+    """Make sure that the installed libraries have all of it, and say so if one is newer than what was tested.
 
     Raises:
-        ImportError: One lacks something; naming it, the installed version, and the versions that work.
+        ImportError: One is too old or lacks something; naming it, the installed version, and the versions that work.
     """
+    installed = {library: version_of(library) for library in WORKING}
+    for library, version in installed.items():
+        oldest = WORKING[library].removeprefix(">=").partition(",")[0]
+        if _release(version) < _release(oldest):
+            raise _error(library, version, f"{oldest} is the oldest that was tested")
     for seam in SEAMS:
         fault = seam.fault()
         if fault is not None:
-            installed, works = _version_of(seam.library), seam.library + WORKING[seam.library]
-            raise ImportError(
-                f"layup_hf does not work with {seam.library} {installed}: {fault}, which is needed as it is since "
-                f"{seam.library} {seam.since}. Versions that work: {works}. Run: pip install '{works}'"
-            )
+            why = f"{fault}, which is needed as it is since {seam.library} {seam.since}"
+            raise _error(seam.library, installed[seam.library], why)
+    _warn_of_newer(installed)
 
 
-def _version_of(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
+def version_of(library: str) -> str:
+    """Of what is imported, which need not be what was installed last."""
+    return str(importlib.import_module(library).__version__)
+
+
+def _error(library: str, version: str, why: str) -> ImportError:
+    works = library + WORKING[library]
+    return ImportError(
+        f"layup_hf does not work with {library} {version}: {why}. Versions that work: {works}. "
+        f"Run: pip install '{works}'"
+    )
+
+
+def _warn_of_newer(installed: dict[str, str]) -> None:
+    """Once on each machine, for all libraries together."""
+    newer = [library for library, version in installed.items() if _release(version)[:2] > _release(TESTED[library])]
+    if newer and os.environ.get("LOCAL_RANK", "0") == "0":
+        tested = ", ".join(f"{library} {TESTED[library]}" for library in newer)
+        present = ", ".join(f"{library} {installed[library]}" for library in newer)
+        pins = " ".join(f"'{library}=={TESTED[library]}.*'" for library in newer)
+        warnings.warn(
+            f"layup_hf was tested up to {tested}; installed: {present}. The members that it relies on are there. If "
+            f"something fails all the same, try: pip install {pins}",
+            stacklevel=3,
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Its numbers alone, so that `2.8.0+cpu` and `5.4.0.dev0` count as 2.8.0 and 5.4.0."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match.group().split("."))) if match is not None else ()
 
 
 def _resolve(path: str) -> Any:

@@ -81,7 +81,7 @@ def train(trainer, resume=None):
         "collectives": trainer.collectives,
         "steps": trainer.layup.state.steps_done,
         "global_step": trainer.state.global_step,
-        "began_at": trainer._initial_global_step,
+        "began_at": trainer.layup.host.initial_global_step,
         "logs": trainer.state.log_history,
         "same": same_everywhere(torch.cat([tensor.detach().double().flatten() for tensor in trainable])),
         "blocks": {block.name: block.num_bytes for block in trainer.layup.model.blocks},
@@ -211,6 +211,12 @@ def sft(case, data, *, peft_config=None, **options):
     )
 
 
+def learnt_of_first(trainer):
+    """Those tokens of the first sample that are learnt."""
+    labels = trainer.data_collator([trainer.train_dataset[0]])["labels"]
+    return labels[labels != -100].tolist()
+
+
 def packed():
     """Plain text, packed into batches without padding; rank 1 is slow."""
     trainer = sft("packed", texts, packing=True, max_steps=24, include_num_input_tokens_seen=True, **SLOW)
@@ -227,8 +233,7 @@ def chat():
     """Conversations, of which only what the assistant says is learnt."""
     trainer = sft("chat", chats, assistant_only_loss=True, save_strategy="steps", save_steps=6)
     result = train(trainer)
-    learnt = trainer.train_dataset[0]["labels"]
-    return result | {"learnt": trainer.processing_class.decode([token for token in learnt if token != -100])}
+    return result | {"learnt": trainer.processing_class.decode(learnt_of_first(trainer))}
 
 
 def adapters():
@@ -238,7 +243,7 @@ def adapters():
     before = base_weights(trainer.model)
     result = train(trainer)
     result["base_untouched"] = same_weights(before, base_weights(trainer.model))
-    result["learnt"] = sum(token != -100 for token in trainer.train_dataset[0]["labels"])
+    result["learnt"] = len(learnt_of_first(trainer))
     best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
     result["is_best"] = same_weights(best, get_peft_model_state_dict(trainer.model))
     trainer.save_model()

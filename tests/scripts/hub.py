@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import torch
 from huggingface_hub.utils import http_backoff
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback
@@ -35,8 +35,12 @@ class HubConfig(LayupConfig):
     """Step at which rank 0 waits until the Hub holds a request."""
 
 
+def ask(what, **request):
+    urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{what}", **request).close()
+
+
 def set_faults(faults):
-    httpx2.post(f"{os.environ['HF_ENDPOINT']}/faults", json=faults, timeout=30)
+    ask("faults", data=json.dumps(faults).encode(), timeout=30)
 
 
 class Observer(TrainerCallback):
@@ -46,7 +50,7 @@ class Observer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.result["times"][state.global_step] = time.time()
         if args.process_index == 0 and state.global_step == self.config.wait_at:
-            httpx2.get(f"{os.environ['HF_ENDPOINT']}/held", timeout=None)
+            ask("held")
         if args.process_index == 0 and str(state.global_step) in self.faults:
             if self.config.waits:
                 self.trainer._finish_current_push()

@@ -115,4 +115,4 @@ if rank == 0:
 result["hooks_left"] = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 write_result(rank, result)
 if world_size == 2:
-    trainer.end()  # else it is left to the exit
+    trainer.accelerator.end_training()  # as `Trainer.end` of newer versions; else it is left to the exit

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from launching import Run, abandoned_shared_memory, assert_no_memory_abandoned_since, run
+from stock import CHECKPOINTING
 
 COMMON = ["--max_steps=12", "--per_device_train_batch_size=4", "--learning_rate=1e-2", "--disable_tqdm=True"]
 
@@ -76,7 +77,7 @@ def test_hooks_are_removed(four):
 def test_accumulation_checkpointing_and_bf16_together(workers, tmp_path):
     options = [
         "--gradient_accumulation_steps=2",
-        "--activation_checkpointing=True",
+        f"--{CHECKPOINTING}=True",
         "--bf16=True",
         "--peers_per_step=1",
         "--logging_steps=4",
