@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from layup_hf import LayupConfig, __version__
 from layup_hf.config import LayupOptions
+from layup_hf.trainer.seams import TESTED, WORKING
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes/measure/results"
@@ -189,6 +190,16 @@ def test_versions_are_those_of_the_package():
         assert accepts == accepted[name], name
         assert name == "Python" or was_tested.split()[0] == tested[name], name
     assert f"\nversion: {__version__}\n" in text_of(ROOT / "CITATION.cff")
+
+
+def test_the_oldest_and_the_newest_version_of_each_library_have_been_run():
+    rows = [line.split("|") for line in text_of(ROOT / "docs/versions.md").splitlines() if line.startswith("| ")]
+    (heads,) = (row for row in rows if row[1].strip() == "row")
+    for library, accepts in WORKING.items():
+        column = [head.strip() for head in heads].index(library)
+        run = {row[column].strip() for row in rows if len(row) == len(heads) and "passed" in row[2]}
+        for version in (accepts.removeprefix(">=").split(",")[0], TESTED[library]):
+            assert any(f"{full}.".startswith(f"{version}.") for full in run), (library, version)
 
 
 # ---- Commands and code ----

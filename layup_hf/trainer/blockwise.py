@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks import Block, split_into_blocks
 from ..blocks.compiling import CompiledLayers, compile_options, nothing_compiled
 from ..blocks.hooks import BlockHooks
 from ..optim.optimizer import BlockOptimizer
+from .compat import prepared_once
 from .host import Host
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ class BlockwiseModel:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._hooks: BlockHooks | None = None
+        self._prepared: nn.Module | None = None
         self.layers: CompiledLayers | None = None
         self.blocks: list[Block] = []
 
@@ -56,7 +60,31 @@ class BlockwiseModel:
             # device of a worker on the CPU is "cpu:1", say, and moving there copies: the model would get other buffers
             # than those which its block exchanges.
             moves = accelerator.device_placement and self._host.args.device.type != "cpu"
-            return accelerator.prepare_model(model, device_placement=moves, evaluation_mode=True)
+            self._prepared = accelerator.prepare_model(model, device_placement=moves, evaluation_mode=True)
+        return self._prepared
+
+    @contextlib.contextmanager
+    def wrapped_once(self) -> Iterator[None]:
+        """While the Trainer prepares for training: what `wrap` has returned is not wrapped again by accelerate."""
+        try:
+            with prepared_once(self._host.accelerator, lambda model: model is self._prepared):
+                yield
+        finally:
+            self._prepared = None
+
+    @staticmethod
+    def require_no_ddp(model: nn.Module) -> None:
+        """Make sure that what is trained is not wrapped in DDP, which would train, and make all wait for each other.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        if isinstance(model, DistributedDataParallel):
+            raise RuntimeError(
+                "The model has been wrapped in DistributedDataParallel, so all workers would wait for each other in "
+                "every step. If your Trainer or script wraps it, do not; else this version of transformers or "
+                "accelerate does, which LayUp does not know: install versions that were tested."
+            )
 
     def split(self, model: nn.Module, held: Sequence[Tensor]) -> list[Block]:
         """The blocks of a model, and of what else its optimizer holds."""

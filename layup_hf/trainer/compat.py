@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers.trainer
+from accelerate import Accelerator
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 
@@ -44,6 +46,24 @@ def steps_averaged(
     """
     names = inspect.unwrap(finalize).__code__.co_names
     return global_step - initial_step if "_initial_global_step" in names else global_step
+
+
+@contextlib.contextmanager
+def prepared_once(accelerator: Accelerator, is_prepared: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Let `accelerator.prepare` give back a model that has been prepared as it is.
+
+    Older versions of accelerate (1.12 does, 1.15 does not) prepare it again, and wrap it in DDP.
+    """
+    stock = accelerator.prepare_model
+
+    def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return model if is_prepared(model) else stock(model, *args, **kwargs)
+
+    vars(accelerator)["prepare_model"] = prepare_model
+    try:
+        yield
+    finally:
+        del vars(accelerator)["prepare_model"]
 
 
 @contextlib.contextmanager

@@ -97,7 +97,9 @@ class LayupMixin(_Base):
     # ---- Beginning and ending ----
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with self._layup.model.wrapped_once():
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        self._layup.model.require_no_ddp(prepared[0])
         self._layup.prepare()
         return prepared
 

@@ -162,9 +162,10 @@ def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(kind, resumed):
     assert len(seen) == 40
     assert all_samples(first) == counts(range(64), range(64))
     assert seen + all_samples(second) == counts(range(64), range(64))
-    for result in second:
+    for result, uninterrupted in zip(second, first, strict=True):
         assert result["clock"] == list(range(11, 33))
         assert result["global_step"] == 32
+        assert result["train_loss"] > 0.8 * uninterrupted["train_loss"]  # the mean of 22 steps, not their sum / 32
 
 
 # ---- Meetings ----

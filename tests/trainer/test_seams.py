@@ -19,7 +19,7 @@ from transformers import Trainer
 from layup_hf import LayupMixin, LayupTrainer
 from layup_hf.optim.adam import is_plain_adam
 from layup_hf.trainer import seams
-from layup_hf.trainer.compat import on_plain_cpu, steps_averaged, uploading_by
+from layup_hf.trainer.compat import on_plain_cpu, prepared_once, steps_averaged, uploading_by
 from layup_hf.trainer.seams import SEAMS, TESTED, WORKING, Seam, check_seams
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +242,53 @@ def test_the_installed_trainer_divides_by_that(tmp_path):
     trainer._initial_global_step, trainer.is_in_train = 1, True
     trainer._tr_loss, trainer._total_loss_scalar = torch.zeros(()), 12.0 * host.steps_averaged
     assert Trainer._finalize_training(trainer, None, 1, 0.0).training_loss == 12.0
+
+
+class Accelerator:
+    """As it is until some version after 1.12: what is prepared again is wrapped."""
+
+    marks = False
+
+    def prepare_model(self, model, evaluation_mode=False):
+        if self.marks and getattr(model, "is_marked", False):
+            return model
+        model.is_marked = True
+        return model if evaluation_mode else torch.nn.Sequential(model)
+
+    def prepare(self, model):
+        return self.prepare_model(model)
+
+
+class MarkingAccelerator(Accelerator):
+    """As 1.15."""
+
+    marks = True
+
+
+@pytest.mark.parametrize("kind", [Accelerator, MarkingAccelerator], ids=["1.12", "1.15"])
+def test_a_model_that_has_been_prepared_without_ddp_is_not_wrapped_afterwards(kind):
+    accelerator, model, other = kind(), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    with prepared_once(accelerator, lambda model: model is prepared):
+        assert accelerator.prepare(prepared) is model
+        assert isinstance(accelerator.prepare(other), torch.nn.Sequential)
+    assert vars(accelerator) == {}
+    with pytest.raises(OSError, match="broken"), prepared_once(accelerator, lambda model: True):
+        raise OSError("broken")
+    assert vars(accelerator) == {}
+
+
+def test_ddp_is_never_trained_through(tmp_path, monkeypatch):
+    """A version that wraps the model in some other way would train, without a word, in lock-step."""
+
+    class Wrapped(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    monkeypatch.setattr(Trainer, "_prepare_for_training", lambda self, *args: (Wrapped(), None))
+    trainer = LayupTrainer(model=gpt2(), args=arguments(tmp_path), train_dataset=text())
+    with pytest.raises(RuntimeError, match="wrapped in DistributedDataParallel, so all workers would wait"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("device", ["cpu:0", "cpu", "cuda:1"])

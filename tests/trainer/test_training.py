@@ -86,6 +86,7 @@ def test_accumulation_checkpointing_and_bf16_together(workers, tmp_path):
     assert ended.output.count("the process group is destroyed at exit") == workers
     for result in ended.results():
         assert result["same_at_end"]
+        assert result["wrapped"] == "GPT2LMHeadModel"  # not DDP, whose collectives are not Python's
         assert result["consensus"][-1]["mass_exact"]
         assert set(result["collectives_between_meetings"]) == {0}
         logged = [entry["step"] for entry in result["logs"] if "loss" in entry]
