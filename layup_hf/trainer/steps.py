@@ -78,10 +78,10 @@ class BlockSteps:
             )
         wants = list(reasons_of_users(host.callbacks.callbacks, host.kind))
         self._clips_exactly = clip == "exact" or (clip == "auto" and bool(needs or wants))
-        if clip == "auto" and self._clips_exactly:
+        if clip == "auto" and self._clips_exactly and host.is_first:
             logger.warning(
-                f"LayUp: blocks step when backward has ended (`clip='exact'`), as {(needs or wants)[0]}. To step them "
-                "in backward all the same, set `clip='estimate'`."
+                f"LayUp: blocks step when backward has ended (`clip='exact'`), as {(needs or wants)[0]}. "
+                "That takes the memory of all gradients. Where none are needed after all, set `clip='estimate'`."
             )
         elif clip == "estimate" and wants:
             logger.warning(
