@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -133,6 +134,10 @@ class Exchange:
         """A step begins: blocks may change again."""
         if self.engine is not None:
             self.engine.resume()
+
+    def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
+        """While the block is stepped and offered: nothing else writes it."""
+        return self.engine.holding(block) if self.engine is not None else contextlib.nullcontext()
 
     def pause(self) -> None:
         """Keep blocks as they are while the workers agree on a model.

@@ -146,7 +146,7 @@ class BlockSteps:
             if clipper is not None:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
-            with exchange.engine.holding(block) if exchange.engine is not None else contextlib.nullcontext():
+            with exchange.holding(block):
                 optimizer.step_block(block)
                 if (engine := self._engine) is not None:  # asked anew: the step may have taken long
                     engine.offer(block)
@@ -159,9 +159,8 @@ class BlockSteps:
         for block in blocks:
             self._merge(block)
         with contextlib.ExitStack() as held:
-            if exchange.engine is not None:
-                for block in blocks:
-                    held.enter_context(exchange.engine.holding(block))
+            for block in blocks:
+                held.enter_context(exchange.holding(block))
             step()
             for block in blocks:
                 if (engine := self._engine) is not None:
