@@ -18,10 +18,11 @@ from layup_hf.trainer.seams import WORKING
 
 
 def test_what_does_not_end_is_left_behind():
-    began = time.monotonic()
+    began, released = time.monotonic(), threading.Event()
     with pytest.raises(TimeoutError, match=r"did not end within 0\.1 s"):
-        within(0.1, threading.Event().wait)
+        within(0.1, released.wait)
     assert time.monotonic() - began < 5
+    released.set()  # its thread must not be there when another test counts threads
     assert within(10, lambda: 3) == 3
 
 
