@@ -3,13 +3,11 @@
 import atexit
 import threading
 import time
-from datetime import timedelta
 
 from fleet import together
-from torch.distributed import PrefixStore, TCPStore
 
-from layup_hf.fleet.keeper import PREFIX, WORKERS
 from layup_hf.fleet.membership import Era, Membership
+from layup_hf.fleet.store import WORKERS, JobStore, start_keeper
 
 LEASE = 2.0  # seconds; a busy machine may keep a thread waiting for one
 TOKEN = b"secret of the job".ljust(32)
@@ -18,16 +16,15 @@ TOKEN = b"secret of the job".ljust(32)
 class Worker:
     """A member whose threads can be frozen: all that it asks of the store, or says to it, then waits."""
 
-    def __init__(self, port, token=TOKEN):
-        self._port = port
+    def __init__(self, place):
+        self._place = place
         self._runs = threading.Event()
         self._runs.set()
         self.breaks = 0
-        self.membership = Membership(self._connect, LEASE, token, on_broken=self._note)
+        self.membership = Membership(self._connect, LEASE, on_broken=self._note)
 
     def _connect(self):
-        store = TCPStore("127.0.0.1", self._port, is_master=False, timeout=timedelta(seconds=10))
-        return Freezing(PrefixStore(PREFIX, store), self._runs)
+        return Freezing(JobStore(*self._place, TOKEN), self._runs)
 
     def _note(self):
         self.breaks += 1
@@ -63,13 +60,12 @@ class Job:
     """A store and the workers at it."""
 
     def __init__(self):
-        self.server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.port = self.server.port
-        self.store = PrefixStore(PREFIX, TCPStore("127.0.0.1", self.port, timeout=timedelta(seconds=10)))
+        self.place = start_keeper("127.0.0.1", TOKEN, is_open=False)
+        self.store = JobStore(*self.place, TOKEN)
         self.workers = []
 
-    def add(self, **options):
-        self.workers.append(Worker(self.port, **options))
+    def add(self):
+        self.workers.append(Worker(self.place))
         return self.workers[-1]
 
     def begin(self, count):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..fleet.data import travels
+
 Level = Literal["ok", "skipped", "warning", "error"]
 """`error`: training would not work; `warning`: it would, but not as well; `skipped`: something else is in the way."""
 
 
+@travels
 @dataclass(frozen=True)
 class Finding:
     """One line of the report.

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 
-from ..fleet.network import is_signed, sign
+from ..fleet.secret import is_signed, sign
 
 _PURPOSE = b"doctor link"
 _PINGS = 20

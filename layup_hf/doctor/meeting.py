@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from ..fleet import data
 from ..fleet.store import launcher_store
 from .attempt import NoAnswer
 from .finding import Finding
@@ -156,8 +156,8 @@ class Meeting:
 
 
 def _packed(item: Any) -> str:
-    return base64.b64encode(pickle.dumps(item)).decode()
+    return base64.b64encode(data.encode(item)).decode()
 
 
 def _unpacked(text: bytes) -> Any:
-    return pickle.loads(base64.b64decode(text))
+    return data.decode(base64.b64decode(text))

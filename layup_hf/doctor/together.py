@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from ..fleet.data import travels
 from ..fleet.launch import launches
-from ..fleet.network import TOKEN_VARIABLE, Network, job_token
+from ..fleet.network import Network
+from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
 from ..windows import opening
 from ..windows.transport import Transport
 from .finding import Finding
@@ -30,6 +32,7 @@ _ASKS, _ASKING_SECONDS = 50, 1.0
 Gather = Callable[[Any], list[Any]]
 
 
+@travels
 @dataclass(frozen=True)
 class Card:
     """What a worker says of itself at first.
@@ -54,9 +57,9 @@ class Card:
 
     @classmethod
     def mine(cls) -> Card:
-        token, is_given = job_token(), bool(os.environ.get(TOKEN_VARIABLE))
-        secret = hashlib.sha256(token).hexdigest() if is_given else None
-        drawn = b"" if is_given else token
+        given = given_token()
+        secret = hashlib.sha256(given).hexdigest() if given is not None else None
+        drawn = draw_token() if given is None else b""
         network = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
         return cls(opening.host(), network, os.uname().nodename, os.getpid(), secret, drawn, installed())
 
@@ -66,8 +69,9 @@ def token_of(cards: Sequence[Card]) -> bytes:
 
     Where they differ, that is a finding of its own, and must not hide what else there is.
     """
-    if cards[0].secret is not None and len({card.secret for card in cards}) == 1:
-        return job_token()
+    given = given_token()
+    if given is not None and len({card.secret for card in cards}) == 1:
+        return given
     return hashlib.sha256(b"".join(card.drawn for card in cards)).digest()
 
 

@@ -13,8 +13,10 @@ from datetime import timedelta
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, ProcessGroup, Store
 from torch.distributed import distributed_c10d as c10d
+
+from .talk import Talk
 
 _FORMING = timedelta(seconds=60)
 
@@ -32,12 +34,20 @@ class Group:
         rank: This worker.
         world_size: Number of members.
         timeout: How long a collective waits for the slowest worker.
+        token: The job's secret.
+        run: Names the job.
+
+    Attributes:
+        talk: With the members of this era. Each connection has proved to lead to the member that it should.
 
     Raises:
         RuntimeError: A member cannot be reached.
     """
 
-    def __init__(self, store: Store, era: int, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self, store: Store, era: int, rank: int, world_size: int, timeout: timedelta, *, token: bytes, run: bytes
+    ) -> None:
+        self._store = store  # torch's own reference does not keep what is written in Python
         backend = PartialState().backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -45,21 +55,39 @@ class Group:
         torch.distributed.init_process_group(
             backend, store=PrefixStore(f"group/{era}", store), rank=rank, world_size=world_size, timeout=_FORMING
         )
-        torch.distributed.barrier()  # connections are made by now
+        group = speaking_group(timeout)
+        self.talk = Talk(token, run + era.to_bytes(8, "big"), group)
+        self.talk.prove()  # connections are made by now
         c10d._set_pg_timeout(timeout)
+        if group is not None:
+            c10d._set_pg_timeout(timeout, group)
         self._sockets = {name: place for name, place in _connected_sockets().items() if name not in before}
         _tell_accelerate(rank, world_size, backend)
 
     def abort(self) -> None:
         """Let every collective of this group raise, in whichever thread it waits. Idempotent, for any thread."""
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
-            c10d._abort_process_group()
-            return
         for name, place in self._sockets.items():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{place}") == name:  # still the same one
                     with socket.socket(fileno=os.dup(place)) as connection:
                         connection.shutdown(socket.SHUT_RDWR)
+        world = torch.distributed.group.WORLD
+        if world is not None and torch.distributed.get_backend() == "nccl":
+            world.abort()
+
+
+def speaking_group(timeout: timedelta) -> ProcessGroup | None:
+    """A group of gloo of the members of torch's default group: that one, or one beside it. Collective if it is new.
+
+    Args:
+        timeout: How long a new one waits for the slowest worker.
+    """
+    if not torch.distributed.is_initialized():
+        return None
+    group = torch.distributed.group.WORLD
+    if torch.distributed.get_backend() == "gloo":
+        return group
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 @functools.cache

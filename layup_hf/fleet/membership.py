@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch.distributed import Store
 
 from .joining import Requests, answer, answer_to, ask_to_join
-from .keeper import BEATS, WORKERS
+from .store import WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ class Membership:
     Args:
         connect: Makes a connection to the store of the job.
         lease_seconds: How long a lease holds.
-        token: The job's secret.
         on_broken: Called from the thread when the collectives of this era cannot end any more.
 
     Attributes:
@@ -75,15 +74,12 @@ class Membership:
         gone: Ranks of this era that have been fenced or have left.
         is_broken: Whether a member waits for all others to form a new era.
         is_fenced: Whether the others do without this worker.
-        applicants: Workers that have asked to join, know the token, and wait.
+        applicants: Workers that have asked to join, and wait.
     """
 
-    def __init__(
-        self, connect: Callable[[], Store], lease_seconds: float, token: bytes, on_broken: Callable[[], None]
-    ) -> None:
+    def __init__(self, connect: Callable[[], Store], lease_seconds: float, on_broken: Callable[[], None]) -> None:
         self.lease_seconds = lease_seconds
         self._store, self._control = connect(), connect()
-        self._token = token
         self._on_broken = on_broken
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -91,7 +87,7 @@ class Membership:
         self._failure: Exception | None = None
         self._silent_since: float | None = None
         self.applicants: list[str] = []
-        self._requests = Requests(token)
+        self._requests = Requests()
         self._is_counted = False  # among those that are there and will end
         self._register()
         atexit.register(self._count_out)
@@ -173,7 +169,7 @@ class Membership:
         if self.member not in era.roster:
             raise Fenced
         for member in era.joined:
-            answer(store, member, str(number))
+            answer(store, member, number)
         return era
 
     def apply(self) -> Era:
@@ -181,12 +177,11 @@ class Membership:
 
         Raises:
             ConnectionError: The job has ended meanwhile.
-            ValueError: This worker has another LAYUP_TOKEN than the job.
         """
         if not self._alive([self.member]):
             self._register()
         store, member = self._store, self.member
-        ask_to_join(store, self._token, member)
+        ask_to_join(store, member)
         while (number := answer_to(store, member)) is None:
             self.check()
             if not self._alive([member]):
@@ -267,13 +262,14 @@ class Membership:
                 self._failure = error
                 self._on_broken()
                 return
+            except Exception:  # whatever it is: without this thread the others would do without this worker
+                logger.exception("LayUp: a look at the other workers has failed. It is tried again.")
 
     def _look(self, beat: int) -> None:
         began, store = now(), self._control
         with self._lock:
             era, member = self.era, self.member
         store.set(f"beat/{member}", str(beat))
-        store.add(BEATS, 1)
         self.applicants = [*self.applicants, *self._requests.new(store)]
         roster = era.roster if era is not None else (member,)
         watched = (*roster, *(other for other in self.applicants if other not in roster))

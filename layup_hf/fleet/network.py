@@ -1,18 +1,12 @@
-"""Which network interface the workers use, and how they prove to each other that they belong to one job."""
+"""Which network interface the workers use."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
-import secrets
 import socket
 from dataclasses import dataclass
 
 import psutil
-
-TOKEN_VARIABLE = "LAYUP_TOKEN"
-"""Environment variable with the secret of a job. Unset: drawn by rank 0; whoever reaches the store can then get it."""
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
 
@@ -73,23 +67,3 @@ def _address_towards(host: str) -> str:
         raise ValueError(
             f"The host {host!r} (MASTER_ADDR, `--main_process_ip` of the launcher) cannot be reached: {error}."
         ) from error
-
-
-def job_token() -> bytes:
-    """The job's secret, 32 bytes: from LAYUP_TOKEN, or random if that is unset."""
-    given = os.environ.get(TOKEN_VARIABLE)
-    return hashlib.sha256(given.encode()).digest() if given else secrets.token_bytes(32)
-
-
-def sign(token: bytes, *parts: bytes) -> bytes:
-    """Proof, 16 bytes, that who made it knows the token and meant exactly these parts."""
-    digest = hashlib.blake2b(key=token, digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.digest()
-
-
-def is_signed(token: bytes, signature: bytes, *parts: bytes) -> bool:
-    """Whether the proof holds; takes equally long whatever is wrong with it."""
-    return hmac.compare_digest(signature, sign(token, *parts))

@@ -1,31 +1,212 @@
-"""How workers reach what they share: counters and keys in a c10d store."""
+"""How workers reach what they share: keys and counters in the store of their job."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
-from torch.distributed import distributed_c10d as c10d
+from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore
 
-from .keeper import PREFIX, WORKERS
-from .network import Network
+from . import channel
+from .secret import SIGNATURE_BYTES, TOKEN_VARIABLE, given_token, is_signed, sign
 
+logger = logging.getLogger(__name__)
+
+WORKERS = "workers"
+"""Counter: workers that are there."""
+
+_PREFIX = "layup_hf"
 _JOB = "job"
-_ANSWER = timedelta(seconds=60)
+_ANSWER = 60.0
+"""Seconds for an answer of the store."""
+
+_CONNECT, _ATTEMPTS = 10.0, 5
+"""Seconds to connect, and how often that is tried."""
+
+_READ_BYTES = 1 << 16
+_POLL = 0.005  # seconds between two looks at a key that is waited for
+
+_START_KEEPER = """
+import importlib, sys, types
+package = types.ModuleType("layup_hf")  # an empty one: the real one brings torch, seconds and memory
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["layup_hf"] = package
+importlib.import_module("layup_hf.fleet.keeper").main()
+"""
+
+
+class WrongSecret(ValueError):
+    """The store of a job does not accept this worker, as it has another LAYUP_TOKEN."""
+
+
+class JobStore(Store):
+    """A connection to the store of a job. What may be done is what c10d's stores can do.
+
+    Args:
+        host: Address of the store.
+        port: Its port.
+        token: The job's secret; None: from LAYUP_TOKEN, or if that is unset, from the store, if that tells it.
+
+    Attributes:
+        token: The job's secret.
+
+    Raises:
+        WrongSecret: The job has another secret, or only one of the two has any.
+        ConnectionError: Nothing answers there, or something else.
+    """
+
+    def __init__(self, host: str, port: int, token: bytes | None = None) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._patience = _ANSWER
+        for attempt in itertools.count(1):
+            self._socket = socket.create_connection((host, port), timeout=_CONNECT)
+            try:
+                nonces = self._prove(token)
+                break
+            except BaseException as error:
+                self._socket.close()
+                # Where others flood the store with connections, it may have closed this one for the next.
+                if attempt == _ATTEMPTS or not isinstance(error, ConnectionResetError | DistNetworkError):
+                    raise
+        self._socket.settimeout(_ANSWER)
+        session = channel.Session.of(self.token, nonces)
+        self._requests, self._answers = session.requests, session.answers
+
+    def _prove(self, token: bytes | None) -> bytes:
+        """Prove to know the secret, and let the store prove it; the nonces of the session."""
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        hello = channel.Hello.unpack(self._receive_some(b"", channel.HELLO_BYTES))
+        self.token = _token_for(hello, token)
+        message, nonces = channel.request(self.token, hello)
+        self._socket.sendall(message)
+        answer = self._receive_some(b"", channel.ANSWER_BYTES)
+        if answer == channel.REFUSAL:
+            raise WrongSecret(f"This worker has another secret than the job. Set {TOKEN_VARIABLE} to the job's.")
+        channel.require_answer(self.token, nonces, answer)
+        return nonces
+
+    # ---- What c10d's stores can do ----
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(b"set", key.encode(), _bytes(value))
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        if not keys:
+            return []
+        end = time.monotonic() + self._patience
+        while not (values := self._ask(b"get", *(key.encode() for key in keys))):
+            self._wait_until(end, keys)
+        return list(values)
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ask(b"add", key.encode(), str(amount).encode())[0])
+
+    def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
+        return self._ask(b"compare_set", key.encode(), _bytes(expected), _bytes(desired))[0]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return self._ask(b"check", *(key.encode() for key in keys))[0] == b"1"
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        end = time.monotonic() + (self._patience if timeout is None else timeout.total_seconds())
+        while not self.check(keys):
+            self._wait_until(end, keys)
+
+    def delete_key(self, key: str) -> bool:
+        return self._ask(b"delete", key.encode())[0] == b"1"
+
+    def num_keys(self) -> int:
+        return int(self._ask(b"count")[0])
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._patience = timeout.total_seconds()
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(seconds=self._patience)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    def clone(self) -> JobStore:
+        """A connection of its own to the same store."""
+        host, port = self._socket.getpeername()[:2]
+        return JobStore(host, port, self.token)
+
+    # ---- The connection ----
+
+    def _ask(self, *parts: bytes) -> Sequence[bytes]:
+        """One round trip. For any thread.
+
+        Raises:
+            DistNetworkError: The store does not answer, or what answers is not the store.
+        """
+        with self._lock:
+            try:
+                self._socket.sendall(self._requests.seal(channel.pack(parts)))
+                head = channel.LENGTH.size
+                data = self._receive_some(b"", head)
+                end = head + channel.LENGTH.unpack_from(data)[0]
+                if end > head + channel.MOST_BYTES:
+                    raise channel.Refused("An answer is too long.")
+                data = self._receive_some(data, end + SIGNATURE_BYTES)
+                self._answers.check(data[head:end], data[end:])
+                return channel.unpack(data[head:end])
+            except OSError as error:
+                self._socket.close()  # nothing that comes later would be in its place
+                raise DistNetworkError(f"The store of the job does not answer: {error}") from error
+
+    def _receive_some(self, data: bytes, least: int) -> bytes:
+        """Receive until there are so many bytes; there are more only where the other end breaks the order of talk."""
+        while len(data) < least:
+            part = self._socket.recv(max(_READ_BYTES, least - len(data)))
+            if not part:
+                raise DistNetworkError("The store of the job has closed the connection.")
+            data += part
+        return data
+
+    def _wait_until(self, end: float, keys: Sequence[str]) -> None:
+        if time.monotonic() > end:
+            raise DistNetworkError(f"Nobody has set {', '.join(keys)} in the store of the job in time.")
+        time.sleep(_POLL)
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _token_for(hello: channel.Hello, token: bytes | None) -> bytes:
+    token = token if token is not None else given_token()
+    if token is not None and (hello.token is None or hello.token == token):
+        return token
+    if token is None and hello.token is not None:
+        return hello.token
+    has_none = "a job that has none" if token is not None else "a worker that has none"
+    raise WrongSecret(
+        f"The secret in {TOKEN_VARIABLE} was given to only one of the job and this worker ({has_none}). Give all "
+        "workers of a job the same secret."
+    )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job whose workers are started by several launches, as its store tells it.
+    """A job of several workers, as its store tells it.
 
     Attributes:
         host: Address of the store.
@@ -41,30 +222,68 @@ class Job:
     run: str
     lease_seconds: float
 
-    def connect(self) -> Store:
-        """A connection of its own, which one thread at a time may use.
+    def connect(self, token: bytes | None = None) -> JobStore:
+        """A connection of its own; see `JobStore`.
 
         Raises:
+            ValueError: This worker has another secret.
             ConnectionError: The store does not answer.
         """
-        return PrefixStore(PREFIX, _client(self.host, self.port, "The store of the job"))
+        try:
+            return JobStore(self.host, self.port, token)
+        except (OSError, DistNetworkError) as error:
+            place = f"{self.host}:{self.port}"
+            raise ConnectionError(f"The store of the job at {place} does not answer: {error}") from error
 
-    def announce(self, launcher: Store | None) -> None:
-        """Say in the job's own store, and in the launcher's, what a worker needs that wants to join."""
+    def announce(self, token: bytes, launcher: Store | None) -> None:
+        """Say in the job's own store, and signed in the launcher's, what a worker needs that wants to join."""
         text = json.dumps(asdict(self))
-        self.connect().set(_JOB, text)
+        self.connect(token).set(_JOB, text)
         if launcher is not None:
-            launcher.set(_JOB, text)
+            launcher.set(_JOB, text + sign(token, b"job", text.encode()).hex())
 
     @classmethod
-    def find(cls, store: Store) -> Job | None:
-        """What has been announced in a store, if anything."""
-        return cls(**json.loads(store.get(_JOB))) if store.check([_JOB]) else None
+    def find(cls, launcher: Store) -> Job | None:
+        """What has been announced in the launcher's store, if anything, by who knows the secret.
+
+        The launcher's store is open to everybody who reaches it: what is in it is believed if it is signed. A job
+        without a given secret tells it at its own place, and there it is checked.
+        """
+        if not launcher.check([_JOB]):
+            return None
+        data, digits = launcher.get(_JOB), 2 * SIGNATURE_BYTES
+        try:
+            job = cls._of(json.loads(data[:-digits]))
+            signature = bytes.fromhex(data[-digits:].decode())
+            token = given_token() or job.connect().token
+            if is_signed(token, signature, b"job", data[:-digits]):
+                return job
+        except ConnectionError:
+            return None  # it has ended
+        except WrongSecret:
+            raise
+        except (ValueError, TypeError, RecursionError):
+            pass
+        logger.warning(
+            f"LayUp: what the launcher's store says of a running job is not signed with its secret ({TOKEN_VARIABLE}), "
+            "and is not believed."
+        )
+        return None
+
+    @classmethod
+    def _of(cls, fields: Any) -> Job:
+        """Of what was read; anything but a job is a `TypeError` or `ValueError`."""
+        job = cls(**fields)
+        kinds = {"host": str, "port": int, "workers": int, "run": str, "lease_seconds": float}
+        if any(type(getattr(job, name)) is not kind for name, kind in kinds.items()):
+            raise TypeError("This is no job.")
+        if not (0 < job.port < 65536 and job.workers > 0 and job.lease_seconds > 0):
+            raise ValueError("This is no job.")
+        return job
 
     def is_running(self) -> bool:
         """Whether it has workers."""
         try:
-            _require_listener(self.host, self.port)
             return self.connect().add(WORKERS, 0) > 0
         except OSError:
             return False
@@ -74,40 +293,51 @@ class Job:
         """The job whose store is at HOST:PORT.
 
         Raises:
-            ValueError: This is no place, or there is no such job.
+            ValueError: This is no place, there is no such job, or it has another secret.
         """
         host, colon, port = place.rpartition(":")
         if not colon or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"join={place!r} is no place of a job: give HOST:PORT, as the job's log says.")
         try:
-            _require_listener(host, int(port))
-            job = cls.find(PrefixStore(PREFIX, _client(host, int(port), "The store of the job to join")))
-        except OSError as error:
+            store = JobStore(host, int(port))
+        except (OSError, DistNetworkError) as error:
             raise ValueError(
                 f"join={place!r}: no job answers there, as it has ended or is not reached from here. {error}"
             ) from error
-        if job is None:
+        if not store.check([_JOB]):
             raise ValueError(f"join={place!r}: there is a store, but no job of layup_hf has been announced in it.")
-        return job
+        return cls._of(json.loads(store.get(_JOB)))
 
 
-def start_keeper(network: Network, lease_seconds: float) -> tuple[str, int]:
-    """Start the process that holds the job's store, bound to the network's address alone; says where it listens."""
-    listener = socket.create_server((network.address, 0))
+def start_keeper(address: str, token: bytes, *, is_open: bool, idle_seconds: float = 60.0) -> tuple[str, int]:
+    """Start the process that holds a job's store, bound to one address alone; says where it listens.
+
+    Args:
+        address: Of this machine.
+        token: The job's secret.
+        is_open: No secret was given: whoever reaches the store may know this one.
+        idle_seconds: How long it waits for the first worker.
+    """
+    listener = socket.create_server((address, 0))
     with listener:
-        command = [sys.executable, str(Path(__file__).with_name("keeper.py")), str(listener.fileno())]
-        subprocess.Popen(  # in a session of its own: a launcher ends a worker's whole process group
-            [*command, str(60 + 4 * lease_seconds)],
+        package = Path(__file__).parents[1]
+        options = [str(package), str(listener.fileno()), str(idle_seconds), "open" if is_open else "closed"]
+        keeper = subprocess.Popen(  # in a session of its own: a launcher ends a worker's whole process group
+            [sys.executable, "-I", "-S", "-c", _START_KEEPER, *options],
             pass_fds=[listener.fileno()],
             start_new_session=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
-        return listener.getsockname()
+        assert keeper.stdin is not None
+        with keeper.stdin:
+            keeper.stdin.write(token)
+        host, port = listener.getsockname()[:2]
+        return host, port
 
 
 def launcher_store() -> Store:
-    """A connection to the store of the launcher.
+    """A connection to the store of the launcher. Everybody who reaches it can write there.
 
     `torchrun` and `accelerate launch` keep it in the launcher, so it answers whatever happens to a worker. With other
     launchers rank 0 keeps it.
@@ -123,68 +353,10 @@ def launcher_store() -> Store:
             f"The environment variable {missing} is not set, so the store of the process group cannot be found. Start "
             "the workers with `accelerate launch` or `torchrun`."
         ) from missing
-    what = "The store of the process group"
-    return PrefixStore(PREFIX, _client(host, port, what, " (MASTER_ADDR and MASTER_PORT)"))
-
-
-def _require_listener(host: str, port: int) -> None:
-    """Say no quickly: torch's client would try again for long."""
-    socket.create_connection((host, port), timeout=10).close()
-
-
-def _client(host: str, port: int, what: str, origin: str = "") -> TCPStore:
     try:
-        return TCPStore(host, port, is_master=False, timeout=_ANSWER)
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_ANSWER))
     except (RuntimeError, ValueError) as error:
-        raise ConnectionError(f"{what} at {host}:{port}{origin} does not answer: {error}") from error
-
-
-class GroupStore:
-    """The store of the process group; where workers cannot connect to that, one that rank 0 keeps while this lives.
-
-    A group may have been made without a launcher's store: through a file, as by accelerate's `debug_launcher` and
-    `notebook_launcher`, or at another place than the environment says.
-
-    Args:
-        rank: This worker.
-        gather: Collects one object from every worker.
-        machine: What tells this machine from others.
-
-    Raises:
-        ValueError: The group has no store to connect to, and its workers are on several hosts; on every worker.
-    """
-
-    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], machine: str) -> None:
-        self._place = _place_of_group()
-        self._server: TCPStore | None = None
-        if all(gather(self._place)):
-            return
-        if len(set(gather(machine))) > 1:
-            raise ValueError(
-                "The process group has been made without a store that workers of several hosts can connect to, through "
-                "a file say. Start the workers with `accelerate launch` or `torchrun`."
-            )
-        if rank == 0:
-            listener = socket.create_server(("127.0.0.1", 0))
-            self._place = host, port = listener.getsockname()
-            self._server = TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        self._place = gather(self._place)[0]
-
-    def connect(self, run: str) -> Store:
-        """A connection of this worker's own, under a prefix that only this run uses.
-
-        Raises:
-            ConnectionError: The store does not answer.
-        """
-        assert self._place is not None
-        return PrefixStore(run, PrefixStore(PREFIX, _client(*self._place, "The store of the process group")))
-
-
-def _place_of_group() -> tuple[str, int] | None:
-    """Host and port of the store by which the present process group was made; None if it is of another kind."""
-    store = c10d._get_default_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return (store.host, store.port) if isinstance(store, TCPStore) else None
+        raise ConnectionError(
+            f"The store of the process group at {host}:{port} (MASTER_ADDR and MASTER_PORT) does not answer: {error}"
+        ) from error
+    return PrefixStore(_PREFIX, store)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from torch import Tensor
 
 from ..blocks import Block
+from ..fleet.data import travels
+from ..fleet.talk import Talk
 from ..ledger import Account, Ledger, effective_masses
 from ..ledger.mixing import UNIT
+
+travels(Account)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Consensus:
 
 
 @torch.no_grad()
-def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool = False) -> Consensus:
+def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, talk: Talk, is_new: bool = False) -> Consensus:
     """Replace every worker's model by the mass-weighted mean of all, block by block. Collective.
 
     The mean counts each worker with its effective mass, so offers that were not yet taken are not lost; they are
@@ -57,6 +60,7 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool
         blocks: The model's blocks.
         ledger: What this worker has written down; None if it has just agreed with others and exchanged nothing since.
             All workers that are not here must have been excluded from it.
+        talk: With all workers that are here.
         is_new: This worker has just joined: it has no mass yet, and takes over the mean of the others.
 
     Raises:
@@ -64,22 +68,21 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, is_new: bool
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # merges may still be queued that read what a peer is about to change
-    PartialState().wait_for_everyone()  # nobody gossips from here on
+    talk.wait()  # nobody gossips from here on
     mine = (-1, None) if ledger is None else (ledger.rank, ledger.account())
-    reports = gather_object([None if is_new else mine])
-    accounts: dict[int, Account] = dict(report for report in reports if report is not None and report[1] is not None)
+    reports: list[tuple[int, Account | None] | None] = talk.gather(None if is_new else mine)
+    accounts = {report[0]: report[1] for report in reports if report is not None and report[1] is not None}
     masses = _masses(reports, accounts, len(blocks))
     totals = masses.sum(dim=0)
 
-    rank = PartialState().process_index
     squares = torch.zeros(2, dtype=torch.float64)  # |x - mean|^2 and |mean|^2
     for block in blocks:
         tensors = block.tensors
         own = _flatten(tensors)
-        mean = reduce(own * (int(masses[rank, block.index]) / int(totals[block.index])), "sum")
+        mean = reduce(own * (int(masses[talk.rank, block.index]) / int(totals[block.index])), "sum")
         squares += torch.stack([(own - mean).square().sum(), mean.square().sum()]).double().cpu()
         _assign(tensors, mean)
-    deviations = sum(gather_object([squares[0].item()]))
+    deviations = sum(talk.gather(squares[0].item()))
     if ledger is not None:
         ledger.settle(accounts)  # after the last collective: who has to begin again, as a worker is gone, can
     distance = (deviations / len(masses) / max(squares[1].item(), torch.finfo(torch.float64).tiny)) ** 0.5

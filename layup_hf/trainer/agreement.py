@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..gossip.consensus import reach_consensus
@@ -48,8 +46,8 @@ class Agreement:
         self._model.require_same_parameters()
         exchange.pause()
         ledger = exchange.ledger if exchange.engine is not None else None
-        done = gather_object([state.steps_done])
-        consensus = reach_consensus(self._model.blocks, ledger, state.is_new)
+        done = self._members.talk.gather(state.steps_done)
+        consensus = reach_consensus(self._model.blocks, ledger, self._members.talk, state.is_new)
         self._agree_on_rest()
         state.is_new = False
         state.agreed_at = self.now
@@ -59,7 +57,7 @@ class Agreement:
 
     def _agree_on_rest(self) -> None:
         """Buffers and frozen parameters that are saved with the model, if training has changed them. Collective."""
-        differing = agree_on_rest(self._rest(), _gather)
+        differing = agree_on_rest(self._rest(), self._members.talk.gather)
         named = {name for name in differing if not name.endswith(_COUNTED)} - self._named
         if named and self._host.is_first:
             names = sorted(named)
@@ -81,7 +79,3 @@ class Agreement:
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if id(tensor) in rest and tensor.device.type != "meta" and tensor.layout == torch.strided
         }
-
-
-def _gather(item: Any) -> list[Any]:
-    return gather_object([item])

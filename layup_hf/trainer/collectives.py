@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import do_nothing
-from accelerate.utils import gather_object
 
 from ..progress.clock import WorkerFailure
 from .host import Host
@@ -126,7 +125,7 @@ class Collectives:
         """
         clock = self._state.clock
         try:
-            return gather_object([item])
+            return self._members.talk.gather(item)
         except RuntimeError as error:
             if self._members.membership is not None or clock is None:
                 raise

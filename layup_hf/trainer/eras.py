@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast
 from transformers import ProgressCallback
 
+from ..fleet import data
 from ..fleet.group import is_of_group
 from ..fleet.membership import Era, Fenced
 from .agreement import Agreement
@@ -28,6 +28,10 @@ _SHARED_STATE = (
     *("best_metric", "best_global_step", "best_model_checkpoint", "num_input_tokens_seen"),
 )
 """What a worker that joins takes over of the Trainer's state from rank 0."""
+
+_LEAST_STATE = 1 << 20
+_MOST_STATES = 16
+"""Bytes of an optimizer's state: at most this, and so many times the parameters."""
 
 T = TypeVar("T")
 
@@ -201,40 +205,47 @@ class Eras:
     def _share_run(self) -> None:
         """Give those who join what they cannot know. Collective."""
         host, state = self._host, self._state
-        run: list[dict[str, Any]] = [
-            {
+        run: dict[str, Any] = {}
+        if host.is_first:
+            run = {
                 "state": {name: getattr(host.state, name) for name in _SHARED_STATE},
                 "began_at": (host.initial_global_step, host.initial_tokens),
                 "course": state.share(),
-                "scheduler": host.lr_scheduler.state_dict(),
+                "scheduler": {
+                    name: value for name, value in host.lr_scheduler.state_dict().items() if data.is_data(value)
+                },
             }
-        ]
-        broadcast_object_list(run, from_process=0)
+        run = self._members.talk.gather(run)[0]
         if state.is_new:
-            for name, value in run[0]["state"].items():
+            for name, value in run["state"].items():
                 setattr(host.state, name, value)
-            host.initial_global_step, host.initial_tokens = run[0]["began_at"]
-            state.take_over(run[0]["course"])
-            host.lr_scheduler.load_state_dict(run[0]["scheduler"])
+            host.initial_global_step, host.initial_tokens = run["began_at"]
+            state.take_over(run["course"])
+            host.lr_scheduler.load_state_dict(run["scheduler"])
         exchanged = {id(tensor) for block in self._model.blocks for tensor in block.tensors}
         for tensor in (*host.model.parameters(), *host.model.buffers()):
             if id(tensor) not in exchanged:
                 broadcast(tensor.data)
-        newcomers = [rank for rank, wants in enumerate(gather_object([state.is_outside])) if wants]
-        for newcomer in newcomers:
+        wants = self._members.talk.gather(state.is_outside)
+        for newcomer in (rank for rank, is_outside in enumerate(wants) if is_outside):
             self._hand_over_optimizer(newcomer)
 
     def _hand_over_optimizer(self, newcomer: int) -> None:
         """Rank 0 sends its optimizer's state, block by block: moments that begin at zero make too long steps."""
-        rank, device, optimizer = self._host.rank, self._host.args.device, self._model.optimizer
+        rank, talk, optimizer = self._host.rank, self._members.talk, self._model.optimizer
         for block in self._model.blocks:
             if rank == 0:
                 states = [optimizer.state_of(parameter) for parameter in block.parameters]
-                torch.distributed.send_object_list([states], dst=newcomer, device=device)
+                if not data.is_data(states):
+                    logger.warning(
+                        f"LayUp: the optimizer's state of block {block.name} is of a kind that cannot be sent: the "
+                        "worker that joins begins without it."
+                    )
+                    states = [{} for _ in states]
+                talk.send(states, newcomer)
             elif rank == newcomer:
-                received: list[Any] = [None]
-                torch.distributed.recv_object_list(received, src=0, device=device)
-                for parameter, state in zip(block.parameters, received[0], strict=True):
+                most = _LEAST_STATE + _MOST_STATES * sum(parameter.nbytes for parameter in block.parameters)
+                for parameter, state in zip(block.parameters, talk.receive(0, most), strict=True):
                     optimizer.set_state_of(parameter, state)
 
 

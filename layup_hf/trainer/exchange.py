@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
-
-from accelerate.utils import gather_object
 
 from ..blocks import Block
 from ..gossip.arrival import ArrivalEngine
@@ -23,11 +20,6 @@ from .state import RunState
 from .straggler import StragglerCallback
 
 logger = logging.getLogger(__name__)
-
-
-def _gather(item: Any) -> list[Any]:
-    """One object from every worker. Collective."""
-    return gather_object([item])
 
 
 class Exchange:
@@ -65,7 +57,7 @@ class Exchange:
             options.windows,
             self.shown(blocks),
             host.rank,
-            _gather,
+            self._members.talk.gather,
             token=self._members.token,
             job=self._members.job_name[:8] + self._members.era.to_bytes(8, "big"),
             wire_dtype=options.wire_dtype,
@@ -97,7 +89,9 @@ class Exchange:
             return
         near = [peer for peer in range(host.world_size) if peer not in (host.rank, *ledger.remote)]
         optimizer, seed = self._model.optimizer.inner, host.args.seed
-        self.moments = MeanMoments.open(self._model.blocks, optimizer, host.rank, near, _gather, seed=seed)
+        self.moments = MeanMoments.open(
+            self._model.blocks, optimizer, host.rank, near, self._members.talk.gather, seed=seed
+        )
         if self.moments is None and wanted == "mean":
             raise ValueError(
                 "`second_moment='mean'` and the optimizer of another worker exclude each other: give all workers the "

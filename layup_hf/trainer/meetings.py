@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..fleet.data import travels
 from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
@@ -20,6 +21,7 @@ class BatchTooLarge(RuntimeError):
     """A worker's batch does not fit into memory: all workers begin again with smaller ones (`auto_find_batch_size`)."""
 
 
+@travels
 class _Arrival(NamedTuple):
     """What a worker says when it comes to a meeting."""
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import secrets
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +15,24 @@ from datetime import timedelta
 
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import gather_object
 from torch.distributed import Store
 
-from ..fleet.group import Group
+from ..fleet.data import travels
+from ..fleet.group import Group, speaking_group
 from ..fleet.launch import launches
 from ..fleet.membership import Era, Membership
-from ..fleet.network import TOKEN_VARIABLE, Network, job_token
-from ..fleet.store import GroupStore, Job, launcher_store, start_keeper
+from ..fleet.network import Network
+from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
+from ..fleet.store import Job, launcher_store, start_keeper
+from ..fleet.talk import Talk
 from ..progress.ahead import Ahead
 from ..windows import opening
 from .host import Host
 from .state import RunState
 
 logger = logging.getLogger(__name__)
+
+travels(Job)
 
 LEASE_SECONDS = 15.0
 """Where workers are started by several launches and `lease_seconds` is unset."""
@@ -55,7 +60,7 @@ class Members:
         self._host, self._state = host, state
         self._planned: int | None = None
         self._group: Group | None = None
-        self._group_store: GroupStore | None = None
+        self._talk: Talk | None = None
         self.membership: Membership | None = None
         self.launched_as = DistributedType.NO
 
@@ -99,6 +104,18 @@ class Members:
             )
         return job
 
+    @property
+    def talk(self) -> Talk:
+        """With the present workers. Collective when it is asked for at first."""
+        if self._state.is_outside:
+            return Talk(b"", b"", None)
+        if self._talk is None:
+            group = speaking_group(self._timeout)
+            self.token, name = self._agree_on_token(Talk(b"", b"", group))
+            self._talk = Talk(self.token, name, group)
+            self._talk.prove()
+        return self._talk
+
     def start(self) -> Callable[[], Store]:
         """Find the store that all workers share, and begin the first era. Collective, but for who joins later.
 
@@ -109,81 +126,94 @@ class Members:
         if self.membership is not None:
             self.membership.leave()  # of an earlier training
             self.membership = None
+        if self.workers == 1:
+            return torch.distributed.HashStore
         job, lease = self._find_job()
-        if job is not None:
-            connect, lease = job.connect, job.lease_seconds
-        else:
-            connect = self._connecting_to_group()
-
-        self.token = self._agree_on_token(connect)
-        self.job_name = hashlib.sha256(self.token + (job.run.encode() if job else b"")).digest()[:16]
-        if lease is not None and self.workers > 1:
-            self.membership = Membership(connect, lease, self.token, on_broken=self._break_group)
+        self.token = token = job.connect().token if self._state.is_outside else self.token
+        connect = functools.partial(job.connect, token)
+        self.job_name = hashlib.sha256(self.token + job.run.encode()).digest()[:16]
+        if lease is not None:
+            self.membership = Membership(connect, lease, on_broken=self._break_group)
             self.store = connect()
             if not self._state.is_outside:
-                roster = gather_object([self.membership.member])
+                roster = self.talk.gather(self.membership.member)
                 self.form_group(Era(1, tuple(roster)))
         return connect
 
-    def _connecting_to_group(self) -> Callable[[], Store]:
-        """What makes connections to the store of the process group. Collective."""
-        if self.workers == 1:
-            return torch.distributed.HashStore
-        run = gather_object([uuid.uuid4().hex])[0]
-        self._group_store = GroupStore(self._host.rank, lambda item: gather_object([item]), opening.host())
-        return functools.partial(self._group_store.connect, run)
-
-    def _find_job(self) -> tuple[Job | None, float | None]:
-        """The job of several launches, and how long a lease holds if one is wanted."""
+    def _find_job(self) -> tuple[Job, float | None]:
+        """The job, and how long a lease holds if leases are wanted. Collective, but for who joins later."""
         lease = self._host.options.lease_seconds
-        job = self._job_to_join() if self._state.is_outside else None
-        if job is None and launches() > 1:
-            job = self._found_job(lease or LEASE_SECONDS)
-        return job, lease
+        if self._state.is_outside:
+            job = self._job_to_join()
+            assert job is not None
+            return job, job.lease_seconds
+        if launches() > 1:
+            lease = lease or LEASE_SECONDS
+        return self._found_job(lease), lease
 
-    def _found_job(self, lease_seconds: float) -> Job:
+    def _found_job(self, lease_seconds: float | None) -> Job:
         """Rank 0 starts the store and announces it. Collective: every worker returns, or every worker raises."""
-        host, job, failure = self._host, None, None
+        host, talk, job, failure = self._host, self.talk, None, None
+        machines = talk.gather(opening.host())
         if host.rank == 0:
             try:
-                network = Network.find(host.options.network_interface, os.environ["MASTER_ADDR"])
-                place = start_keeper(network, lease_seconds)
-                job = Job(*place, workers=host.world_size, run=uuid.uuid4().hex, lease_seconds=lease_seconds)
-                with contextlib.suppress(ConnectionError):  # another launcher than torch's: one joins by `join`
-                    launcher = launcher_store()
-                    job.announce(launcher)
-                logger.warning(f"LayUp: the store of this job is at {job.host}:{job.port} (`join` takes that).")
+                address = self._address() if len(set(machines)) > 1 or launches() > 1 else "127.0.0.1"
+                place = start_keeper(address, self.token, is_open=given_token() is None)
+                job = Job(
+                    *place,
+                    workers=host.world_size,
+                    run=uuid.uuid4().hex,
+                    lease_seconds=lease_seconds or LEASE_SECONDS,
+                )
+                launcher = None
+                if launches() > 1:
+                    with contextlib.suppress(ConnectionError):  # another launcher than torch's: one joins by `join`
+                        launcher = launcher_store()
+                job.announce(self.token, launcher)
+                if lease_seconds is not None:
+                    logger.warning(f"LayUp: the store of this job is at {job.host}:{job.port} (`join` takes that).")
             except (OSError, ValueError, RuntimeError) as error:
                 failure = f"{type(error).__name__}: {error}"
-        answers = gather_object([(job, failure)])
+        answers = talk.gather((job, failure))
         if answers[0][1] is not None:
             raise ConnectionError(f"Rank 0 could not start the store of the job. {answers[0][1]}")
+        assert answers[0][0] is not None
         return answers[0][0]
 
-    def _agree_on_token(self, connect: Callable[[], Store]) -> bytes:
-        """The job's secret. Collective, but for who joins later.
+    def _address(self) -> str:
+        """At which workers on other machines reach this one."""
+        towards = os.environ.get("MASTER_ADDR") or "127.0.0.1"
+        return Network.find(self._host.options.network_interface, towards).address
+
+    def _agree_on_token(self, talk: Talk) -> tuple[bytes, bytes]:
+        """The job's secret, and a name that nothing has been signed for yet. Collective.
+
+        Args:
+            talk: With all workers; nothing can be signed yet.
 
         Raises:
-            ValueError: Workers have different ones.
+            ValueError: Workers have different secrets.
         """
-        is_given, token = TOKEN_VARIABLE in os.environ, job_token()
-        if self.workers == 1:
-            return token
-        if self._state.is_outside:
-            return token if is_given else bytes.fromhex(connect().get("token").decode())
-        proofs = gather_object([hashlib.sha256(token).hexdigest() if is_given else None])
+        given = given_token()
+        proof = hashlib.sha256(given).hexdigest() if given is not None else None
+        drawn = draw_token() if given is None and talk.rank == 0 else b""
+        says = talk.gather((proof, drawn, secrets.token_bytes(16)))
+        proofs = [proof for proof, _, _ in says]
         if len(set(proofs)) > 1:
             others = [rank for rank, proof in enumerate(proofs) if proof != proofs[0]]
             raise ValueError(
                 f"Rank {', '.join(map(str, others))} has another {TOKEN_VARIABLE} than rank 0, or only one of them has "
                 "any. Give all workers of a job the same secret."
             )
-        if is_given:
-            return token
-        if self._host.rank == 0:
-            connect().set("token", token.hex())
-        PartialState().wait_for_everyone()
-        return bytes.fromhex(connect().get("token").decode())
+        name = b"".join(number for _, _, number in says)
+        if given is not None:
+            return given, name
+        if launches() > 1 and talk.rank == 0:
+            logger.warning(
+                f"LayUp: {TOKEN_VARIABLE} is not set. Whoever reaches the store of this job over the network can join "
+                "it and change what is learnt. Set it to one secret on all machines, unless the network is yours alone."
+            )
+        return says[0][1], name
 
     def epoch_of_others(self) -> int:
         """For a worker that joins: the epoch that rank 0 is in."""
@@ -203,13 +233,20 @@ class Members:
 
         return connect(), make_ahead
 
+    @property
+    def _timeout(self) -> timedelta:
+        """How long a collective waits for the slowest worker."""
+        args = self._host.args
+        # The Trainer passes its time-out on with a device only; torch's own default is as long for gloo.
+        return timedelta(seconds=args.ddp_timeout if args.device.type != "cpu" else 1800)
+
     def form_group(self, era: Era) -> None:
         """Be in this era, and form its process group. Collective over its members."""
-        membership, args = self.present_membership, self._host.args
+        membership = self.present_membership
         membership.begin(era)
-        # The Trainer passes its time-out on with a device only; torch's own default is as long for gloo.
-        timeout = timedelta(seconds=args.ddp_timeout if args.device.type != "cpu" else 1800)
-        self._group = Group(self.store, era.number, membership.rank, len(era.roster), timeout)
+        rank, size = membership.rank, len(era.roster)
+        group = Group(self.store, era.number, rank, size, self._timeout, token=self.token, run=self.job_name)
+        self._group, self._talk = group, group.talk
         self.launched_as = PartialState().distributed_type
 
     def _break_group(self) -> None:

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.distributed import DistError
 from tqdm.auto import tqdm
@@ -105,7 +104,7 @@ class LayupRun:
             self.exchange.open()
             for tensor in (*host.model.parameters(), *host.model.buffers()):
                 broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
-        PartialState().wait_for_everyone()  # nobody draws before the clock has been set
+        members.talk.wait()  # nobody draws before the clock has been set
         self.work.start(store)
         if members.membership is not None:  # the store is somewhere in a network
             connection, make_ahead = members.drawing_ahead(connect)
@@ -204,8 +203,9 @@ class LayupRun:
         engine = self.exchange.engine
         if engine is None:
             return
-        self.state.ends_early = any(gather_object([self.state.ends_early]))  # the signal may have come to one worker
-        staleness: Counter[int] = sum(gather_object([engine.staleness]), Counter())
+        gather = self.members.talk.gather
+        self.state.ends_early = any(gather(self.state.ends_early))  # the signal may have come to one worker
+        staleness = sum((Counter(counts) for counts in gather(dict(engine.staleness))), Counter[int]())
         if self.host.is_first:
             tqdm.write(report.summary(self.exchange.ledger.done, staleness, self.exchange.masses))
         self.logs.average_loss()

@@ -149,7 +149,7 @@ SEAMS = (
     *_of("accelerate.state.GradientState", "1.1", "_set_sync_gradients"),
     *_of("accelerate.state.PartialState", "1.1", "use_distributed"),
     # ---- torch ----
-    *_of("torch.distributed.distributed_c10d", "2.6", "_abort_process_group", "_get_default_store", "_set_pg_timeout"),
+    *_of("torch.distributed.distributed_c10d", "2.6", "_set_pg_timeout"),
     *_of("torch.distributed", "2.6", "DistError"),
     *_of("torch.nn.modules.batchnorm", "2.6", "_NormBase"),
     *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks"),

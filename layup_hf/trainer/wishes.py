@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from transformers import TrainerControl
 
+from ..fleet.data import travels
 
+
+@travels
 class Wishes(NamedTuple):
     """What the callbacks of a worker want all workers to do."""
 

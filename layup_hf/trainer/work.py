@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.distributed import Store
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..fleet.data import travels
 from ..progress.ahead import Ahead
-from ..progress.cursor import Cursor, position_of_shards
+from ..progress.cursor import Cursor, Draw, position_of_shards
 from ..progress.sharing import SharedLoader, SharedStream
 from .checks import check_sharing
 from .host import Host
@@ -29,6 +29,8 @@ from .state import RunState
 from .streams import require_same_seeds
 
 logger = logging.get_logger(__name__)
+
+travels(Draw)
 
 _LOADER_OPTIONS = (
     "collate_fn",
@@ -136,7 +138,7 @@ class WorkSharing:
         self._position = self._cursor = None
         is_shared = self.shared_loader is not None
         if self.goes_by_clock:
-            require_same_seeds(getattr(dataloader, "dataset", None), lambda seeds: gather_object([seeds]))
+            require_same_seeds(getattr(dataloader, "dataset", None), self._members.talk.gather)
         if self.shares_batches and not is_shared:
             logger.warning(
                 f"{self._host.name} makes its own training loader, so batches are not shared: every worker keeps "
@@ -144,7 +146,7 @@ class WorkSharing:
                 "`get_train_dataloader` to share batches."
             )
         if is_shared:
-            sizes = gather_object([dataloader.update_size])
+            sizes = self._members.talk.gather(dataloader.update_size)
             dataloader.mean_update = sum(sizes) / len(sizes)
             self._least_update = min(sizes)
             if isinstance(dataloader, SharedStream) and len(set(sizes)) > 1:
@@ -281,14 +283,14 @@ class WorkSharing:
 
     def keep_position(self) -> None:
         """Note in the Trainer's state, for a checkpoint, where in the data all workers are. Collective."""
-        loader, cursor, state = self.shared_loader, self._cursor, self._state
+        loader, cursor, state, talk = self.shared_loader, self._cursor, self._state, self._members.talk
         if loader is None or cursor is None:
             has_ended = state.next_epoch > state.epoch
             place = (state.next_epoch, 0) if has_ended else state.shard_place
-            places, sizes = zip(*gather_object([(place, self._host.train_batch_size)]), strict=True)
-            position: dict[str, Any] = {"shards": places, "batch_size": sizes[0] if len(set(sizes)) == 1 else None}
+            shards, sizes = zip(*talk.gather((place, self._host.train_batch_size)), strict=True)
+            position: dict[str, Any] = {"shards": shards, "batch_size": sizes[0] if len(set(sizes)) == 1 else None}
         else:
-            places = gather_object([(state.next_epoch, loader.not_begun())])
+            places = talk.gather((state.next_epoch, loader.not_begun()))
             first, last = min(epoch for epoch, _ in places), max(epoch for epoch, _ in places)
             not_begun = list(itertools.chain.from_iterable(draws for _, draws in places))
             position = {"epoch": first, **cursor.position(range(first, last + 1), not_begun)}

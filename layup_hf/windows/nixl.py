@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block
-from ..fleet import network
+from ..fleet.data import travels
+from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
 from .base import Gather
 from .courier import Courier
@@ -22,6 +23,7 @@ from .staging import Layout, Staging, pack
 from .transport import Transport
 
 
+@travels
 @dataclass(frozen=True)
 class Card:
     """How a worker introduces itself to the others.
@@ -114,7 +116,7 @@ class NixlWindows:
         transport, layout = together(prepare, gather)
         try:
             card = Card(rank, transport.address(), specification(blocks), wire_dtype)
-            cards: list[Card] = gather(replace(card, signature=network.sign(token, *card.parts(job))))
+            cards: list[Card] = gather(replace(card, signature=sign(token, *card.parts(job))))
 
             def connect() -> tuple[Courier, Staging]:
                 _require_trust(cards, token, job)
@@ -176,12 +178,12 @@ def _require_trust(cards: Sequence[Card], token: bytes, job: bytes) -> None:
     strangers = [
         rank
         for rank, card in enumerate(cards)
-        if card.rank != rank or not network.is_signed(token, card.signature, *card.parts(job))
+        if card.rank != rank or not is_signed(token, card.signature, *card.parts(job))
     ]
     if strangers:
         raise ValueError(
             f"Rank {', '.join(map(str, strangers))} did not prove to know the secret of this job. Give all workers the "
-            f"same {network.TOKEN_VARIABLE}."
+            f"same {TOKEN_VARIABLE}."
         )
 
 

@@ -17,6 +17,7 @@ import torch.multiprocessing  # registers how ForkingPickler sends CUDA tensors
 from torch import Tensor
 
 from ..blocks import Block
+from ..fleet.data import travels
 from ..ledger import Ledger
 from . import opening
 from .base import Gather
@@ -25,6 +26,7 @@ from .opening import Specification, require_one_model, specification, together
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
+@travels
 @dataclass
 class _Export:
     """What a worker tells its peers so that they can map its memory."""
@@ -36,6 +38,7 @@ class _Export:
     handles: list[bytes | None] = field(default_factory=list)
 
 
+@travels
 @dataclass(frozen=True)
 class _Segment:
     """A piece of anonymous memory: no name in any file system, gone with the last process that maps it."""

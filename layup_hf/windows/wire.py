@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..fleet.network import is_signed, sign
+from ..fleet.secret import is_signed, sign
 from ..ledger import REPORT
 
 _MAGIC = b"LYUP"

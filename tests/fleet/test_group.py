@@ -11,22 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from launching import SCRIPTS, environment_of, processes_with
-from torch.distributed import TCPStore
 
 from layup_hf.fleet.group import is_of_group
+from layup_hf.fleet.store import start_keeper
 
 WORKERS = 3
+TOKEN = bytes(32)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Of those that are left, by rank."""
     folder, name = tmp_path_factory.mktemp("group"), uuid.uuid4().hex
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _, port = start_keeper("127.0.0.1", TOKEN, is_open=False)
     with tempfile.TemporaryDirectory() as temporary, (folder / "log.txt").open("w") as log:
         started = [
             subprocess.Popen(
-                [sys.executable, str(SCRIPTS / "group.py"), *map(str, (rank, WORKERS, store.port))],
+                [sys.executable, str(SCRIPTS / "group.py"), *map(str, (rank, WORKERS, port))],
                 env=environment_of(name, folder, Path(temporary)),
                 stdout=log,
                 stderr=subprocess.STDOUT,

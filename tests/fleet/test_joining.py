@@ -1,4 +1,4 @@
-"""Workers that ask to join those who are there: admitted, refused, dead while they wait, or back after a freeze."""
+"""Workers that ask to join those who are there: admitted, dead while they wait, or back after a freeze."""
 
 import time
 
@@ -40,44 +40,6 @@ def test_an_era_need_not_admit_anybody(job):
     outcome = apply(newcomer)
     wait_until(lambda: member.applicants, "the request is read")
     assert member.assemble(admits=False) == Era(2, (member.member,))
-    assert not outcome
-
-
-def test_who_has_another_secret_is_refused_and_nobody_else_notices(job):
-    members = job.begin(2)
-    stranger = job.add(token=b"guessed".ljust(32))
-    outcome = apply(stranger)
-    (error,) = wait_until(lambda: outcome, "it is refused")
-    assert isinstance(error, ValueError)
-    assert "has another secret than the job: set LAYUP_TOKEN to the job's" in str(error)
-    time.sleep(LEASE / 2)
-    assert not any(member.applicants or member.gone or member.is_broken for member in members)
-    assert assemble(members)[0].joined == ()
-
-
-def test_a_proof_is_of_one_member(job):
-    """A request that was overheard lets nobody else in."""
-    (member,) = job.begin(1)
-    apply(job.add())
-    wait_until(lambda: member.applicants, "the request is read")
-    overheard = job.store.get("request/1").decode()
-    name = job.workers[1].membership.member
-    job.store.set("request/2", overheard.replace(f'"{name}"', '"99"', 1))
-    job.store.add("requests", 1)
-    wait_until(lambda: job.store.check(["admitted/99"]), "an answer")
-    assert b"another secret" in job.store.get("admitted/99")
-    assert member.applicants == [name]
-
-
-@pytest.mark.parametrize("request_", [b"", b"no json", b"[1]", b'["7", 5]', b'["7", "xx"]', b'{"a": 1}', b"\xff"])
-def test_what_is_no_request_is_passed_over(job, request_):
-    (member,) = job.begin(1)
-    job.store.set("request/1", request_)
-    job.store.add("requests", 1)
-    wait_until(lambda: member._requests._read == 1, "it is read")
-    outcome = apply(job.add())
-    wait_until(lambda: member.applicants, "the next one is read")
-    assert member.is_current()
     assert not outcome
 
 

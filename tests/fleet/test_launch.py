@@ -3,14 +3,15 @@
 import os
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from layup_hf import LayupConfig
-from layup_hf.fleet.keeper import PREFIX, WORKERS
 from layup_hf.fleet.launch import has_joined, prepare_launch
-from layup_hf.fleet.store import Job
+from layup_hf.fleet.secret import draw_token
+from layup_hf.fleet.store import WORKERS, Job, start_keeper
 from layup_hf.trainer.members import Members
 from layup_hf.trainer.options import Options
 from layup_hf.trainer.state import RunState
@@ -29,19 +30,20 @@ def launcher(monkeypatch):
         monkeypatch.setenv(variable, "")  # so that it is put back afterwards
         monkeypatch.delenv(variable)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: made.append(options))
-    yield SimpleNamespace(store=PrefixStore(PREFIX, server), made=made)
+    yield SimpleNamespace(store=PrefixStore("layup_hf", server), made=made)
     del server
 
 
 @pytest.fixture
 def job(launcher):
     """One that has begun, as its launcher knows, and has a worker."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    job = Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0)
-    job.announce(launcher.store)
-    job.connect().add(WORKERS, 1)
+    token = draw_token()
+    job = Job(*start_keeper("127.0.0.1", token, is_open=True), workers=3, run="run", lease_seconds=2.0)
+    job.announce(token, launcher.store)
+    store = job.connect()
+    store.add(WORKERS, 1)
     yield job
-    del server
+    del store
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +100,12 @@ def test_a_job_whose_workers_have_left_is_not_joined(launcher, job):
 
 @pytest.mark.timeout(30)
 def test_a_job_whose_store_is_gone_is_not_joined_and_not_waited_for(launcher):
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=2.0).announce(launcher.store)
-    del server
+    before, token = set(psutil.Process().children()), draw_token()
+    place = start_keeper("127.0.0.1", token, is_open=True)
+    Job(*place, workers=3, run="run", lease_seconds=2.0).announce(token, launcher.store)
+    (keeper,) = set(psutil.Process().children()) - before
+    keeper.kill()
+    keeper.wait(10)
     assert prepare().job_to_join is None
     assert not launcher.made
 

@@ -1,5 +1,7 @@
-"""The stores that workers share: the launcher's, and the one that a process of its own keeps for several launches."""
+"""The store of a job, which a process of its own keeps for who knows the secret; and the launcher's."""
 
+import itertools
+import json
 import os
 import signal
 import socket
@@ -9,30 +11,36 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from threading import Thread, Timer
 
 import psutil
 import pytest
-from fleet import wait_until
+from fleet import together, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launching import ROOT
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistNetworkError, HashStore, PrefixStore, TCPStore
 
-from layup_hf.fleet.keeper import BEATS, WORKERS
-from layup_hf.fleet.network import Network
-from layup_hf.fleet.store import Job, launcher_store, start_keeper
-from layup_hf.progress.clock import ProgressClock, WorkerFailure
+from layup_hf.fleet import channel
+from layup_hf.fleet.secret import given_token
+from layup_hf.fleet.store import WORKERS, Job, JobStore, WrongSecret, launcher_store, start_keeper
 
 # ---- The keeper ----
+
+TOKEN = b"secret of the job".ljust(32)
 
 
 class Keeper:
     """A keeper that this process has started."""
 
-    def __init__(self):
+    def __init__(self, token=TOKEN, **options):
         before = set(psutil.Process().children())
-        host, port = start_keeper(Network("lo", "127.0.0.1"), 15.0)
+        self.place = start_keeper("127.0.0.1", token, **{"is_open": False, **options})
         (self.process,) = set(psutil.Process().children()) - before
-        self.job = Job(host, port, workers=2, run="run", lease_seconds=15.0)
-        self.store = self.job.connect()  # and so it serves
+        self.job = Job(*self.place, workers=2, run="run", lease_seconds=15.0)
+
+    def connect(self):
+        return self.job.connect(TOKEN)
 
     def close(self):
         with suppress(psutil.NoSuchProcess):
@@ -47,9 +55,10 @@ def keeper():
 
 
 @pytest.fixture(scope="module")
-def waiting_keeper():
-    """One that no worker has come to."""
+def lasting():
+    """One that outlasts a test."""
     keeper = Keeper()
+    keeper.store = keeper.connect()
     yield keeper
     keeper.close()
 
@@ -58,25 +67,209 @@ def has_ended(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_keeper_listens_on_the_named_address_alone(waiting_keeper):
-    listening = [c.laddr for c in waiting_keeper.process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert listening == [(waiting_keeper.job.host, waiting_keeper.job.port)]
-    assert waiting_keeper.job.host == "127.0.0.1"
+def test_the_keeper_listens_on_the_named_address_alone(lasting):
+    listening = [c.laddr for c in lasting.process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening == [lasting.place]
+    assert lasting.job.host == "127.0.0.1"
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", waiting_keeper.job.port), timeout=5)
+        socket.create_connection(("127.0.0.2", lasting.job.port), timeout=5)
 
 
-def test_all_who_connect_share_what_it_holds(waiting_keeper):
-    waiting_keeper.store.set("key", "value")
-    assert waiting_keeper.job.connect().get("key") == b"value"
-    assert [store.add("count", 1) for store in (waiting_keeper.store, waiting_keeper.job.connect())] == [1, 2]
+def test_the_secret_is_not_to_be_seen_from_outside(lasting):
+    assert TOKEN.strip() not in "".join((*lasting.process.cmdline(), *lasting.process.environ().values())).encode()
 
+
+def test_all_who_connect_share_what_it_holds(lasting):
+    lasting.store.set("key", "value")
+    assert lasting.connect().get("key") == b"value"
+    assert [store.add("count", 1) for store in (lasting.store, lasting.connect())] == [1, 2]
+
+
+def operate(store):
+    """Every operation, with what it gives."""
+    store.set("a", "1")
+    store.set("b", b"\x00\xff")
+    yield [store.get("a"), store.get("b"), store.multi_get(["b", "a"])]
+    yield [store.check(["a", "b"]), store.check(["a", "c"])]
+    yield [store.add("n", 5), store.add("n", -7), store.get("n"), store.add("a", 1), store.get("a")]
+    yield [store.compare_set("n", "-2", "x"), store.compare_set("n", "y", "z"), store.get("n")]
+    yield [store.compare_set("new", "", "first"), store.compare_set("new", "", "second")]
+    yield [store.compare_set("none", "some", "other"), store.check(["none"])]
+    yield [store.delete_key("a"), store.delete_key("a"), store.check(["a"])]
+
+
+def test_it_does_what_the_stores_of_torch_do(keeper):
+    assert list(operate(keeper.connect())) == list(operate(HashStore()))
+
+
+def test_a_prefix_of_torch_may_be_put_before(keeper):
+    """As for a process group."""
+    store = keeper.connect()
+    prefixed = PrefixStore("group", store)
+    prefixed.set("key", "value")
+    assert prefixed.add("count", 3) == 3
+    assert (store.get("group/key"), store.get("group/count")) == (b"value", b"3")
+    prefixed.wait(["key"], timedelta(seconds=1))
+
+
+def test_a_key_is_waited_for(keeper):
+    store, other = keeper.connect(), keeper.connect()
+    Timer(0.3, lambda: other.set("late", "value")).start()
+    assert store.get("late") == b"value"
+    with pytest.raises(DistNetworkError, match=r"Nobody has set never, late in the store of the job in time"):
+        store.wait(["never", "late"], timedelta(seconds=0.05))
+
+
+def test_much_may_be_said_at_once(keeper):
+    store, much = keeper.connect(), bytes(range(256)) * 40000
+    store.set("much", much)
+    assert store.get("much") == much
+
+
+def test_several_threads_may_use_one_connection(keeper):
+    store = keeper.connect()
+    numbers = together([lambda: [store.add("count", 1) for _ in range(100)] for _ in range(4)])
+    assert sorted(itertools.chain(*numbers)) == list(range(1, 401))
+
+
+def test_when_it_has_gone_every_call_says_so(keeper):
+    store = keeper.connect()
+    keeper.close()
+    for _ in range(2):
+        with pytest.raises(DistNetworkError, match="The store of the job does not answer"):
+            store.add("count", 1)
+
+
+# ---- Who does not know the secret ----
+
+
+def test_who_has_another_secret_is_refused(lasting):
+    with pytest.raises(WrongSecret, match=r"another secret than the job\. Set LAYUP_TOKEN to the job's"):
+        JobStore(*lasting.place, bytes(32))
+    assert lasting.store.add("still", 1) == 1
+
+
+def test_who_has_none_is_told_that_the_job_has_one(lasting, monkeypatch):
+    monkeypatch.delenv("LAYUP_TOKEN", raising=False)
+    with pytest.raises(WrongSecret, match=r"only one of the job and this worker \(a worker that has none\)"):
+        JobStore(*lasting.place)
+
+
+def test_a_job_without_a_given_secret_tells_it_to_all(monkeypatch):
+    keeper = Keeper(is_open=True)
+    try:
+        monkeypatch.delenv("LAYUP_TOKEN", raising=False)
+        assert JobStore(*keeper.place).token == TOKEN
+        monkeypatch.setenv("LAYUP_TOKEN", "some")
+        with pytest.raises(WrongSecret, match=r"only one of the job and this worker \(a job that has none\)"):
+            JobStore(*keeper.place)
+    finally:
+        keeper.close()
+
+
+def test_a_store_that_does_not_know_the_secret_is_not_believed():
+    """Somebody else's, at the place of the job's: it proves nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pretend():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(channel.Hello.make(None).pack())
+                connection.recv(channel.REQUEST_BYTES)
+                connection.sendall(b"x" * channel.ANSWER_BYTES)
+
+        thread = Thread(target=pretend)
+        thread.start()
+        with pytest.raises(channel.Refused, match="does not know the job's secret"):
+            JobStore(*listener.getsockname(), TOKEN)
+        thread.join()
+
+
+def speak(place, *messages, seconds=5.0):
+    """Say something to the keeper that is no client; what it answers until it closes the connection."""
+    heard = b""
+    with socket.create_connection(place, timeout=seconds) as connection:
+        for message in messages:
+            with suppress(OSError):
+                connection.sendall(message)
+        with suppress(OSError):
+            while part := connection.recv(1 << 16):
+                heard += part
+    return heard
+
+
+@settings(max_examples=30, deadline=None)
+@given(messages=st.lists(st.binary(min_size=1, max_size=200), min_size=1, max_size=3))
+def test_what_is_no_proof_closes_the_connection(lasting, messages):
+    messages.append(bytes(channel.REQUEST_BYTES))  # enough to be looked at
+    assert speak(lasting.place, *messages)[channel.HELLO_BYTES :] in (channel.REFUSAL, b"")
+    assert lasting.store.check(["nothing"]) is False
+
+
+def recorded(place):
+    """What a client sends that proves itself and then counts, and the hello that it was for."""
+    with socket.create_connection(place, timeout=5) as connection:
+        hello = channel.Hello.unpack(connection.recv(channel.HELLO_BYTES, socket.MSG_WAITALL))
+        request, nonces = channel.request(TOKEN, hello)
+        message = channel.Session.of(TOKEN, nonces).requests.seal(channel.pack((b"add", b"replayed", b"1")))
+        connection.sendall(request)
+        connection.recv(channel.ANSWER_BYTES, socket.MSG_WAITALL)
+        connection.sendall(message)
+        connection.recv(1000)
+    return request, message
+
+
+def test_what_was_recorded_says_nothing_again(lasting):
+    request, message = recorded(lasting.place)
+    before = lasting.store.get("replayed")
+    assert speak(lasting.place, request, message)[channel.HELLO_BYTES :] in (channel.REFUSAL, b"")
+    assert lasting.store.get("replayed") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda message: message[:-1] + bytes([message[-1] ^ 1]),
+        lambda message: message[:10] + bytes([message[10] ^ 1]) + message[11:],
+        lambda message: b"\xff\xff\xff\xff" + message[4:],
+    ],
+    ids=["signature", "content", "length"],
+)
+def test_a_message_that_was_changed_on_its_way_ends_the_connection(lasting, change):
+    with socket.create_connection(lasting.place, timeout=5) as connection:
+        hello = channel.Hello.unpack(connection.recv(channel.HELLO_BYTES, socket.MSG_WAITALL))
+        request, nonces = channel.request(TOKEN, hello)
+        message = channel.Session.of(TOKEN, nonces).requests.seal(channel.pack((b"add", b"changed", b"1")))
+        connection.sendall(request)
+        connection.recv(channel.ANSWER_BYTES, socket.MSG_WAITALL)
+        connection.sendall(change(message))
+        assert connection.recv(1) == b""
+    assert not lasting.store.check(["changed"])
+
+
+def test_a_flood_of_connections_keeps_nobody_out(keeper):
+    store = keeper.connect()
+    flood = []
+    try:
+        for _ in range(600):
+            connection = socket.socket()
+            connection.setblocking(False)
+            connection.connect_ex(keeper.place)
+            flood.append(connection)
+        assert store.add("count", 1) == 1
+        assert keeper.connect().add("count", 1) == 2
+        assert keeper.process.num_fds() < 300
+    finally:
+        for connection in flood:
+            connection.close()
+
+
+# ---- How long it is there ----
 
 STARTER = """
-from layup_hf.fleet.network import Network
 from layup_hf.fleet.store import start_keeper
 import time
-print(*start_keeper(Network("lo", "127.0.0.1"), 15.0), flush=True)
+print(*start_keeper("127.0.0.1", b"secret of the job".ljust(32), is_open=False), flush=True)
 time.sleep(100)
 """
 
@@ -93,90 +286,95 @@ def test_it_outlives_who_started_it_and_its_whole_group():
     host, port = starter.stdout.readline().split()
     (process,) = psutil.Process(starter.pid).children()
     try:
-        job = Job(host, int(port), workers=2, run="run", lease_seconds=15.0)
-        job.connect().set("key", "value")
+        store = JobStore(host, int(port), TOKEN)
+        store.set("key", "value")
         os.killpg(starter.pid, signal.SIGKILL)
         starter.wait(60)
-        time.sleep(1.5)
         assert not has_ended(process)
         assert os.getsid(process.pid) == process.pid
-        assert job.connect().get("key") == b"value"
+        assert JobStore(host, int(port), TOKEN).get("key") == b"value"
     finally:
         process.kill()
 
 
-def test_it_ends_when_the_last_worker_has_left(keeper):
-    for _ in range(2):
-        keeper.store.add(WORKERS, 1)
-        keeper.store.add(BEATS, 1)
-    keeper.store.add(WORKERS, -1)
-    time.sleep(1.5)
-    assert not has_ended(keeper.process)
-    keeper.store.add(WORKERS, -1)
+def test_it_ends_when_the_last_worker_has_gone(keeper):
+    first, second = keeper.connect(), keeper.connect()
+    del first
+    time.sleep(6)
+    assert second.add("count", 1) == 1
+    del second
     wait_until(lambda: has_ended(keeper.process), "the keeper ends")
 
 
-def test_it_waits_for_the_first_worker(waiting_keeper):
-    time.sleep(1.5)
-    assert not has_ended(waiting_keeper.process)
-
-
-def test_it_ends_when_nobody_has_given_a_sign_of_life_for_long():
-    """Its workers have all been killed: nobody counts them out."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    script = str(ROOT / "layup_hf" / "fleet" / "keeper.py")
-    with listener:
-        port = listener.getsockname()[1]
-        process = subprocess.Popen(
-            [sys.executable, script, str(listener.fileno()), "3"], pass_fds=[listener.fileno()], start_new_session=True
-        )
+def test_it_ends_if_no_worker_comes():
+    keeper = Keeper(idle_seconds=1.0)
     try:
-        store = Job("127.0.0.1", port, 1, "run", 1.0).connect()
-        store.add(WORKERS, 1)
-        began = time.monotonic()
-        while time.monotonic() < began + 5:
-            store.add(BEATS, 1)
-            assert process.poll() is None
-            time.sleep(0.2)
-        assert process.wait(8) == 0
+        with socket.create_connection(keeper.place):  # which proves nothing
+            wait_until(lambda: has_ended(keeper.process), "the keeper ends")
     finally:
-        process.kill()
-        process.wait()
+        keeper.close()
+
+
+def test_it_needs_no_library(lasting):
+    """Its process stays with every job: it is small, and there at once."""
+    assert lasting.process.memory_info().rss < 40 << 20
 
 
 # ---- Jobs ----
 
 
-def serve():
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
 @pytest.fixture
-def job():
+def job(monkeypatch):
     """One that has been announced in its own store and in the launcher's."""
-    server, launcher = serve(), PrefixStore("launcher", serve())
-    job = Job("127.0.0.1", server.port, workers=3, run="run", lease_seconds=7.5)
-    job.announce(launcher)
+    monkeypatch.setenv("LAYUP_TOKEN", "given")
+    token, launcher = given_token(), HashStore()
+    keeper = Keeper(token=token)
+    job = Job(*keeper.place, workers=3, run="run", lease_seconds=7.5)
+    job.announce(token, launcher)
     yield job, launcher
-    del server
+    keeper.close()
 
 
 def test_a_job_is_found_where_it_was_announced(job):
     job, launcher = job
     assert Job.find(launcher) == job
-    assert Job.find(job.connect()) == job
     assert Job.at(f"127.0.0.1:{job.port}") == job
 
 
-def test_a_job_need_not_be_announced_to_a_launcher():
-    server = serve()
-    job = Job("127.0.0.1", server.port, workers=1, run="run", lease_seconds=2.0)
-    job.announce(None)
-    assert Job.at(f"127.0.0.1:{server.port}") == job
+def test_a_store_without_a_job_has_none():
+    assert Job.find(HashStore()) is None
 
 
-def test_a_store_without_a_job_has_none(job):
-    assert Job.find(PrefixStore("other", serve())) is None
+FORGED = {"host": "127.0.0.1", "port": 1, "workers": 3, "run": "run", "lease_seconds": 7.5}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        json.dumps(FORGED),
+        json.dumps(FORGED) + "0" * 32,
+        json.dumps(FORGED) + "x" * 32,
+        "[" * 100000 + "0" * 32,
+        json.dumps([1]) + "0" * 32,
+        json.dumps(FORGED | {"workers": "all"}) + "0" * 32,
+        json.dumps(FORGED | {"more": 1}) + "0" * 32,
+        "\xff" * 40,
+    ],
+)
+def test_what_somebody_else_announces_is_not_believed(job, text, caplog):
+    job, launcher = job
+    launcher.set("job", text)
+    assert Job.find(launcher) is None
+    assert "is not believed" in caplog.text
+
+
+def test_an_announcement_that_was_changed_is_not_believed(job):
+    job, launcher = job
+    text = launcher.get("job").decode()
+    launcher.set("job", text.replace(f'"port": {job.port}', '"port": 1'))
+    assert Job.find(launcher) is None
 
 
 @pytest.mark.parametrize("place", ["", "host", "host:", "host:port", "7000", "127.0.0.1:70x", "127.0.0.1:65536"])
@@ -212,9 +410,16 @@ def test_a_place_that_says_nothing_is_refused_soon():
 
 
 def test_a_store_of_something_else_is_refused():
-    server = serve()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=lambda: listener.accept()[0].sendall(b"220 mail ready" * 20), daemon=True).start()
+        with pytest.raises(ValueError, match=r"What answers there is no store of layup_hf, or of another version"):
+            Job.at(f"127.0.0.1:{listener.getsockname()[1]}")
+
+
+def test_a_store_without_a_job_is_refused(lasting, monkeypatch):
+    monkeypatch.setattr("layup_hf.fleet.store.given_token", lambda: TOKEN)
     with pytest.raises(ValueError, match=r"there is a store, but no job of layup_hf has been announced in it"):
-        Job.at(f"127.0.0.1:{server.port}")
+        Job.at(f"127.0.0.1:{lasting.job.port}")
 
 
 def test_a_job_is_running_as_long_as_it_has_workers(job):
@@ -230,43 +435,22 @@ def test_a_job_is_running_as_long_as_it_has_workers(job):
 @pytest.fixture
 def launcher(monkeypatch):
     """The store of the process group, as a launcher keeps it."""
-    store = serve()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     return store
 
 
-def connect_store(run):
-    return PrefixStore(run, launcher_store())
-
-
-def test_the_workers_of_a_run_meet_in_the_launchers_store(launcher):
-    first, second = ProgressClock(connect_store("run"), 4), ProgressClock(connect_store("run"))
-    assert [first.draw(), second.draw(), first.draw()] == [4, 5, 6]
-    first.call_meeting()
-    second.look()
-    assert second.called
-    first.report_failure("gone")
-    with pytest.raises(WorkerFailure, match="gone"):
-        second.draw()
-    assert first.failure() == second.failure() == "gone"
-
-
-def test_two_runs_do_not_see_each_other(launcher):
-    former = ProgressClock(connect_store("former"), 100)
-    former.draw()
-    former.report_failure("gone")
-    later = ProgressClock(connect_store("later"), 0)
-    assert [later.draw(), later.draw()] == [0, 1]
-    assert later.failure() is None
-    assert former.failure() == "gone"
+def test_the_launchers_store_is_reached(launcher):
+    launcher_store().set("key", "value")
+    assert launcher_store().get("key") == b"value"
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
 def test_a_launcher_that_does_not_say_where_the_store_is_is_refused(name, launcher, monkeypatch):
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match=rf"{name}.* is not set.*`accelerate launch` or `torchrun`"):
-        connect_store("run")
+        launcher_store()
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch):
@@ -275,69 +459,10 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 \(MASTER_ADDR and MASTER_PORT\) does not answer"):
-        connect_store("run")
+        launcher_store()
 
 
-# ---- The store of the process group ----
-
-MEMBER = """
-import sys
-import torch.distributed as dist
-from layup_hf.fleet.store import GroupStore
-
-rank, method, machine = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
-
-
-def gather(item):
-    found = [None, None]
-    dist.all_gather_object(found, item)
-    return found
-
-
-store = GroupStore(rank, gather, machine)
-connections = [store.connect(run) for run in ("first", "second")]
-connections[0].add("count", 1)
-dist.barrier()
-print(connections[0].add("count", 0), connections[1].add("count", 0), flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def run_members(method, machines=("here", "here")):
-    """What each of two processes prints, and what it fails with."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    environment |= {"PYTHONPATH": str(ROOT)}
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, str(rank), method, machine],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, machine in enumerate(machines)
-    ]
-    return [member.communicate(timeout=120) for member in members]
-
-
-def test_a_group_that_was_made_through_a_file_has_a_store_that_rank_0_keeps(tmp_path):
-    assert [output for output, _ in run_members(f"file://{tmp_path}/group")] == ["2 0\n"] * 2
-
-
-def test_a_group_has_its_own_store_wherever_that_is():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    assert [output for output, _ in run_members(f"tcp://127.0.0.1:{port}")] == ["2 0\n"] * 2
-
-
-def test_a_group_of_several_hosts_that_was_made_through_a_file_is_refused(tmp_path):
-    for output, error in run_members(f"file://{tmp_path}/group", machines=("here", "there")):
-        assert output == ""
-        assert "ValueError: The process group has been made without a store" in error
-        assert "`accelerate launch` or `torchrun`" in error
-
+# ---- A group that was made without a launcher's store ----
 
 LAUNCHED = """
 import sys

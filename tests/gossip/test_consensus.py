@@ -86,7 +86,7 @@ class Cut(RuntimeError):
 
 
 class Together:
-    """Workers in threads, and accelerate's collectives between them, some of which may be cut off.
+    """Workers in threads, and what they collect from each other, some of which may be cut off.
 
     Args:
         monkeypatch: Puts the collectives where `reach_consensus` finds them.
@@ -101,15 +101,16 @@ class Together:
         self.present = list(range(len(models)))
         self.cut_at, self.cut_for = None, ()  # which collective, and for whom
         self._local = threading.local()
-        monkeypatch.setattr(consensus, "PartialState", lambda: self)
-        monkeypatch.setattr(consensus, "gather_object", lambda items: self._collective(items[0]))
         monkeypatch.setattr(consensus, "reduce", lambda tensor, how: sum(self._collective(tensor.clone())))
 
     @property
-    def process_index(self):
+    def rank(self):
         return self._local.rank
 
-    def wait_for_everyone(self):
+    def gather(self, item):
+        return self._collective(item)
+
+    def wait(self):
         self._collective(None)
 
     def _collective(self, item):
@@ -130,7 +131,7 @@ class Together:
             worker = self.present[rank]
             self._local.rank, self._local.count, self._local.gather = rank, 0, for_rank(rank)
             ledger = None if worker in new else self.ledgers[worker]
-            return consensus.reach_consensus(self.blocks[worker], ledger, is_new=worker in new)
+            return consensus.reach_consensus(self.blocks[worker], ledger, self, is_new=worker in new)
 
         return together([lambda rank=rank: work(rank) for rank in range(len(self.present))])
 

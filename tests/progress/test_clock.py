@@ -9,7 +9,7 @@ from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.fleet.store import launcher_store
+from layup_hf.fleet.store import JobStore, start_keeper
 from layup_hf.progress.ahead import Ahead
 from layup_hf.progress.clock import ProgressClock, WorkerFailure
 
@@ -20,12 +20,10 @@ def clocks(workers, start=0, store=None):
 
 
 @pytest.fixture
-def launcher(monkeypatch):
-    """The store of the process group, as a launcher keeps it."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    return store
+def connect():
+    """Makes connections to the store of a job."""
+    place = start_keeper("127.0.0.1", bytes(32), is_open=False)
+    return lambda: JobStore(*place, bytes(32))
 
 
 # ---- Draws ----
@@ -38,21 +36,21 @@ def test_draws_are_consecutive_over_all_workers(workers, start):
     assert [everybody[worker].draw() for worker in workers] == list(range(start, start + len(workers)))
 
 
-def test_draws_of_threads_are_consecutive(launcher):
-    everybody = clocks(4, start=7, store=launcher_store())
+def test_draws_of_threads_are_consecutive(connect):
+    everybody = clocks(4, start=7, store=connect())
     numbers = together([lambda c=clock: [c.draw() for _ in range(50)] for clock in everybody])
     assert sorted(itertools.chain(*numbers)) == list(range(7, 207))
     assert all(own == sorted(own) for own in numbers)
 
 
 @pytest.mark.parametrize("most", [1, 8])
-def test_draws_ahead_are_consecutive_over_all_workers(launcher, most):
+def test_draws_ahead_are_consecutive_over_all_workers(connect, most):
     """What one holds when it ends has been drawn, too."""
-    everybody = clocks(4, start=7, store=launcher_store())
+    everybody = clocks(4, start=7, store=connect())
 
     def draw(clock):
         with ThreadPoolExecutor(1) as executor:
-            clock.draw_ahead(launcher_store(), lambda ask: Ahead(ask, executor, most=most))
+            clock.draw_ahead(connect(), lambda ask: Ahead(ask, executor, most=most))
             numbers = [clock.draw() for _ in range(50)]
             return numbers, [value - 1 for value in clock._ahead.held()]
 

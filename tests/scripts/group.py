@@ -10,15 +10,17 @@ from datetime import timedelta
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore
 from worker import write_result
 
 from layup_hf.fleet.group import Group, end_group_at_exit, is_of_group
+from layup_hf.fleet.store import JobStore
+
+TOKEN = bytes(32)
 
 end_group_at_exit()
 rank, workers, port = (int(argument) for argument in sys.argv[1:])
-store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+store = JobStore("127.0.0.1", port, TOKEN)
 torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 accelerator = Accelerator(cpu=True)  # alone at first, as of a worker that joins
 result = {"alone": [accelerator.num_processes, accelerator.distributed_type.value]}
@@ -27,14 +29,14 @@ result = {"alone": [accelerator.num_processes, accelerator.distributed_type.valu
 def form(era, workers):
     """A group, and what torch, accelerate and with it a Trainer see."""
     began = time.monotonic()
-    group = Group(store, era, rank, workers, timedelta(seconds=120))
+    group = Group(store, era, rank, workers, timedelta(seconds=120), token=TOKEN, run=b"run")
     result[f"era {era}"] = {
         "seconds": time.monotonic() - began,
         "torch": [torch.distributed.get_rank(), torch.distributed.get_world_size()],
         "accelerate": [PartialState().process_index, PartialState().num_processes],
         "accelerator": [accelerator.process_index, accelerator.num_processes, accelerator.is_main_process],
         "kind": accelerator.distributed_type.value,
-        "gathered": gather_object([rank]),
+        "gathered": group.talk.gather(rank),
     }
     return group
 
@@ -50,7 +52,7 @@ while psutil.Process(int(store.get("stopped"))).status() != psutil.STATUS_STOPPE
 threading.Timer(1.0, group.abort).start()
 began = time.monotonic()
 try:
-    gather_object([rank])
+    group.talk.gather(rank)
 except RuntimeError as error:
     result["aborted"] = {"seconds": time.monotonic() - began, "error": str(error), "is_of_group": is_of_group(error)}
 group.abort()  # once more

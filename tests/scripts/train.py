@@ -59,12 +59,12 @@ class Observer(TrainerCallback):
 original_consensus = layup_hf.trainer.agreement.reach_consensus
 
 
-def checked_consensus(blocks, ledger, is_new):
+def checked_consensus(blocks, ledger, talk, is_new):
     """The mass-weighted mean, computed the simple way: gather everything."""
     torch.distributed.barrier()
     masses = ledger.masses()
     models = gather_object([[block.tensors for block in blocks]])
-    consensus = original_consensus(blocks, ledger, is_new)
+    consensus = original_consensus(blocks, ledger, talk, is_new)
     error = 0.0
     for block in blocks:
         shares = torch.tensor([int(m) / int(masses[block.index].sum()) for m in masses[block.index]]).double()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layup_hf.fleet.network import sign
+from layup_hf.fleet.secret import sign
 from layup_hf.ledger import REPORT
 from layup_hf.windows import wire
 
