@@ -4,6 +4,7 @@ import atexit
 import threading
 import time
 
+import psutil
 from fleet import together
 
 from layup_hf.fleet.membership import Era, Membership
@@ -60,7 +61,9 @@ class Job:
     """A store and the workers at it."""
 
     def __init__(self):
+        before = set(psutil.Process().children())
         self.place = start_keeper("127.0.0.1", TOKEN, is_open=False)
+        (self.keeper,) = set(psutil.Process().children()) - before
         self.store = JobStore(*self.place, TOKEN)
         self.workers = []
 

@@ -204,7 +204,7 @@ def test_when_the_store_is_gone_every_worker_learns_it_with_what_to_do(job):
     members = job.begin(2)
     for member in members:
         member.check()
-    job.server = None
+    job.keeper.kill()
     wait_until(lambda: all(worker.breaks for worker in job.workers), "groups are broken")
     for member in members:
         with pytest.raises(StoreLost, match=r"does not answer.*resume from the last checkpoint"):
