@@ -20,7 +20,9 @@ def uses(source):
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name | ast.Attribute | ast.alias):
-            name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else node.name
+            name = (
+                node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else node.name
+            )
             if name in FORBIDDEN or (isinstance(node, ast.alias) and name == "pickle"):
                 found.append(name)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":

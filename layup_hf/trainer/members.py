@@ -182,8 +182,14 @@ class Members:
 
     def _address(self) -> str:
         """At which workers on other machines reach this one."""
-        towards = os.environ.get("MASTER_ADDR") or "127.0.0.1"
-        return Network.find(self._host.options.network_interface, towards).address
+        interface, towards = self._host.options.network_interface, os.environ.get("MASTER_ADDR", "")
+        if interface is None and not towards:
+            raise ValueError(
+                "The process group has been made without MASTER_ADDR, through a file say, and its workers are on "
+                "several machines. Name the network between them with `network_interface`, or start the workers with "
+                "`accelerate launch` or `torchrun`."
+            )
+        return Network.find(interface, towards).address
 
     def _agree_on_token(self, talk: Talk) -> tuple[bytes, bytes]:
         """The job's secret, and a name that nothing has been signed for yet. Collective.
