@@ -205,17 +205,17 @@ class Eras:
     def _share_run(self) -> None:
         """Give those who join what they cannot know. Collective."""
         host, state = self._host, self._state
+        talk = self._members.talk
         run: dict[str, Any] = {}
-        if host.is_first:
+        if talk.rank == 0:
+            schedule = host.lr_scheduler.state_dict()
             run = {
                 "state": {name: getattr(host.state, name) for name in _SHARED_STATE},
                 "began_at": (host.initial_global_step, host.initial_tokens),
                 "course": state.share(),
-                "scheduler": {
-                    name: value for name, value in host.lr_scheduler.state_dict().items() if data.is_data(value)
-                },
+                "scheduler": {name: value for name, value in schedule.items() if data.is_data(value)},
             }
-        run = self._members.talk.gather(run)[0]
+        run = talk.gather(run)[0]
         if state.is_new:
             for name, value in run["state"].items():
                 setattr(host.state, name, value)
@@ -226,7 +226,7 @@ class Eras:
         for tensor in (*host.model.parameters(), *host.model.buffers()):
             if id(tensor) not in exchanged:
                 broadcast(tensor.data)
-        wants = self._members.talk.gather(state.is_outside)
+        wants = talk.gather(state.is_outside)
         for newcomer in (rank for rank, is_outside in enumerate(wants) if is_outside):
             self._hand_over_optimizer(newcomer)
 

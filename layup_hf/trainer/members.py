@@ -97,7 +97,10 @@ class Members:
         host, job = self._host, self._job_to_join()
         self._planned = job.workers if job is not None else host.world_size
         self._state.is_outside = self._state.is_new = job is not None
-        if job is not None and not host.options.shared_batches:
+        if job is None:
+            return None
+        self._talk = None  # with this one's former peers
+        if not host.options.shared_batches:
             raise ValueError(
                 "`shared_batches=False` and joining a running job exclude each other: the shards of the data have been "
                 "given to the workers that were there. Leave `shared_batches` on."
@@ -107,7 +110,7 @@ class Members:
     @property
     def talk(self) -> Talk:
         """With the present workers. Collective when it is asked for at first."""
-        if self._state.is_outside:
+        if self._talk is None and self._state.is_outside:
             return Talk(b"", b"", None)
         if self._talk is None:
             group = speaking_group(self._timeout)
