@@ -100,6 +100,68 @@ class BorrowedLayer(Net):
         return F.linear(h, self.layers[-1].weight.detach()).square().mean()
 
 
+class OwnLinear(torch.autograd.Function):
+    """A product whose gradient the user has written."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class KeptLinear(OwnLinear):
+    """As it should not be: the weight is kept where autograd does not see that it changes."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient @ ctx.weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+product, kept_product = OwnLinear.apply, KeptLinear.apply
+
+
+class OwnFunction(Net):
+    """An auxiliary loss through the head, by a function of the user's own."""
+
+    def extra(self, h, labels, number):
+        return product(h, self.head.weight).square().mean()
+
+
+class OwnFunctionDetached(Net):
+    def extra(self, h, labels, number):
+        return product(h, self.head.weight.detach()).square().mean()
+
+
+class OwnFunctionKept(Net):
+    def extra(self, h, labels, number):
+        return kept_product(h, self.head.weight).square().mean()
+
+
+class OwnLayer(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight) + self.bias
+
+
+class OwnLayers(Net):
+    """Layers that compute by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([OwnLayer(16, 16) for _ in range(3)])
+
+
 class ListOfWeights(nn.Module):
     """Weights in a `ParameterList`, which has no forward of its own."""
 
@@ -314,6 +376,10 @@ BROUGHT: dict[str, Callable[[], Brought]] = {
     "detached head": lambda: Brought(DetachedHead()),
     "early head": lambda: Brought(EarlyHead()),
     "borrowed layer": lambda: Brought(BorrowedLayer()),
+    "own function": lambda: Brought(OwnFunction()),
+    "own function, detached": lambda: Brought(OwnFunctionDetached()),
+    "own function that keeps": lambda: Brought(OwnFunctionKept()),
+    "own layers": lambda: Brought(OwnLayers()),
     "weight norm of the head": lambda: Brought(Net(weight_norm, "head")),
     "weight norm of the first": lambda: Brought(Net(weight_norm, "first")),
     "spectral norm of layers": lambda: Brought(Net(spectral_norm, "layer")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from layup_hf import LayupMixin, LayupOptions
+
+with warnings.catch_warnings():  # about what is experimental
+    warnings.simplefilter("ignore")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    if importlib.util.find_spec("trl.experimental.kto.kto_trainer"):  # until TRL 1.x made it stable
+        from trl.experimental.kto import KTOConfig, KTOTrainer
+    else:
+        from trl import KTOConfig, KTOTrainer
 
 WORDS = [str(number) for number in range(80)]
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
@@ -38,6 +50,21 @@ class LayupRewardConfig(LayupOptions, RewardConfig):
     """`RewardConfig` with the options of LayUp."""
 
 
+@dataclass
+class LayupKTOConfig(LayupOptions, KTOConfig):
+    """`KTOConfig` with the options of LayUp."""
+
+
+@dataclass
+class LayupCPOConfig(LayupOptions, CPOConfig):
+    """`CPOConfig` with the options of LayUp."""
+
+
+@dataclass
+class LayupORPOConfig(LayupOptions, ORPOConfig):
+    """`ORPOConfig` with the options of LayUp."""
+
+
 class LayupSFTTrainer(LayupMixin, SFTTrainer):
     pass
 
@@ -47,6 +74,18 @@ class LayupDPOTrainer(LayupMixin, DPOTrainer):
 
 
 class LayupRewardTrainer(LayupMixin, RewardTrainer):
+    pass
+
+
+class LayupKTOTrainer(LayupMixin, KTOTrainer):
+    pass
+
+
+class LayupCPOTrainer(LayupMixin, CPOTrainer):
+    pass
+
+
+class LayupORPOTrainer(LayupMixin, ORPOTrainer):
     pass
 
 
@@ -122,3 +161,13 @@ def preferences(count: int) -> Dataset:
             for i in range(count)
         ]
     )
+
+
+def judged(count: int) -> Dataset:
+    """The same by one judgement for each: half are good."""
+    pairs = preferences(count)
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        for i, row in enumerate(pairs)
+    ]
+    return Dataset.from_list(rows)

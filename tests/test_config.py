@@ -405,14 +405,6 @@ def test_parameters_that_peers_cannot_read_are_refused_with_several_workers():
     check_model(model.requires_grad_(False), SimpleNamespace(world_size=2))
 
 
-def test_complex_parameters_need_the_exact_norm():
-    model = torch.nn.ParameterDict({"phase": torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))})
-    check_model(model, SimpleNamespace(world_size=2, clip="exact"))
-    with pytest.raises(ValueError, match=r"`clip='estimate'` and complex parameters \(phase\) exclude.*`clip='exact'`"):
-        check_model(model, SimpleNamespace(world_size=1))
-    check_model(model.requires_grad_(False), SimpleNamespace(world_size=1))
-
-
 @pytest.mark.parametrize("several", [{"world_size": 2}, {"world_size": 1, "job_to_join": object()}])
 def test_who_joins_others_is_one_of_several(several):
     assert has_several_workers(SimpleNamespace(**several))

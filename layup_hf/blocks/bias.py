@@ -91,8 +91,9 @@ class GradientBias:
         squares = torch.zeros(2)
         for name, exact in zip(names, gradients, strict=True):
             exact = torch.zeros_like(self._used[name]) if exact is None else exact
-            difference = self._gradients[name].float() - exact.float()
-            squares += torch.stack([difference.square().sum(), exact.float().square().sum()]).cpu()
+            exact = _real(exact)
+            difference = _real(self._gradients[name]) - exact
+            squares += torch.stack([difference.square().sum(), exact.square().sum()]).cpu()
         self._found.append(float((squares[0] / squares[1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()))
         self._used, self._gradients = {}, {}
 
@@ -119,6 +120,11 @@ class _WithTensors(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_called"], name)  # what a loss may ask of the model, such as `config`
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """In float32; of complex numbers both parts."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
 
 
 def _device_state() -> Tensor | None:

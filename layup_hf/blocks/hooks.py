@@ -63,6 +63,7 @@ class BlockHooks:
         self._pending: Block | None = None  # complete, and not told of yet
         self._in_use = [False] * len(self._blocks)
         self._is_muted = False
+        self._is_learning = False
         self._handles: list[RemovableHandle] = []
 
     # ---- On the model ----
@@ -139,7 +140,21 @@ class BlockHooks:
         finally:
             self._is_muted = False
 
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """No block is free: for a step in which it is yet to be seen what is used before its module."""
+        self._is_learning = True
+        try:
+            yield
+        finally:
+            self._is_learning = False
+
     # ---- What is known of a block ----
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether it is yet to be seen what is used before its module."""
+        return self._is_learning
 
     def is_in_use(self, index: int) -> bool:
         """Whether the block's use in this step's forward has begun, as far as its modules tell."""
@@ -147,7 +162,7 @@ class BlockHooks:
 
     def is_free(self, index: int) -> bool:
         """Whether the block may be written now: it has stepped, and its next forward has not begun."""
-        return not self._in_use[index] and index not in self._never_free
+        return not (self._in_use[index] or self._is_learning or index in self._never_free)
 
     def expect_early_use(self, index: int) -> bool:
         """The block is used before its modules tell: from here on nothing may be changed before its forward.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +31,8 @@ class UseWatch(TorchFunctionMode):
     - A parameter is used *without a gradient* (`weight.detach()`) in something that has one. Autograd saves it, but no
       gradient tells when it is no longer needed. Such a block is complete when backward has ended.
 
-    What is used otherwise in a later step is not seen: see `explain`.
+    What functions of the user's own (`torch.autograd.Function`) take and save is seen when their result is used; so no
+    block is merged before its forward meanwhile. What is used otherwise in a later step is not seen: see `explain`.
 
     Args:
         model: The model.
@@ -55,7 +57,7 @@ class UseWatch(TorchFunctionMode):
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
         try:
-            with self:
+            with self._hooks.learning(), self:
                 yield
         finally:
             for handle in handles:
@@ -71,13 +73,22 @@ class UseWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        taken = list(_tensors((*args, *(kwargs or {}).values())))
+        for tensor in taken:  # before the call: it may be `backward`
+            if isinstance(tensor.grad_fn, BackwardCFunction):
+                self._note_all(_taken_by(tensor.grad_fn))
         result = func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors((result,))):
-            for tensor in _tensors((*args, *(kwargs or {}).values())):
-                index = self._block_of(tensor)
-                if index is not None:
-                    self._note(index, is_detached=not tensor.requires_grad)
+        if any(tensor.requires_grad for tensor in _tensors((result,))):
+            self._note_all(taken)
         return result
+
+    def _note_all(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            index = self._block_of(tensor)
+            if index is not None:
+                self._note(index, is_detached=not tensor.requires_grad)
 
     def _block_of(self, tensor: Tensor) -> int | None:
         """The block in whose memory a tensor lies."""
@@ -110,6 +121,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _taken_by(node: Any) -> Iterator[Tensor]:
+    """The parameters that a function of the user's own has been called with, and what it has saved for backward."""
+    for before, _ in node.next_functions:
+        if isinstance(variable := getattr(before, "variable", None), Tensor):
+            yield variable
+    with contextlib.suppress(RuntimeError):  # backward has freed it
+        yield from _tensors(node.saved_tensors)
 
 
 def explain(error: RuntimeError, blocks: Sequence[Block]) -> RuntimeError | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ..fleet.started import launches
 from . import machine
 from .attempt import NoAnswer, look, message_of, within
 from .finding import Finding
@@ -247,10 +248,9 @@ class Examination:
                 "LayUp, looked at by one process (for several, `accelerate launch --multi_gpu --num_processes N "
                 "-m layup_hf`):"
             )
-        launches = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         hosts = len({card.host for card in self._cards})
         places = f" on {hosts} host(s)" if hosts else ""
-        return f"LayUp, looked at by {self._world_size} workers{places}, started by {launches} launch(es):"
+        return f"LayUp, looked at by {self._world_size} workers{places}, started by {launches()} launch(es):"
 
 
 def _devices(workers: int, is_alone: bool) -> list[Finding]:

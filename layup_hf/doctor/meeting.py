@@ -16,6 +16,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from ..fleet import data
+from ..fleet.started import has_launcher
 from ..fleet.store import launcher_store
 from .attempt import NoAnswer
 from .finding import Finding
@@ -50,8 +51,7 @@ def connect() -> Store:
         ValueError: The launcher has not said where the store is.
         ConnectionError: The store does not answer.
     """
-    is_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not is_by_launcher and os.environ.get("RANK") == "0" and not _hosted and "MASTER_PORT" in os.environ:
+    if not has_launcher() and os.environ.get("RANK") == "0" and not _hosted and "MASTER_PORT" in os.environ:
         place = os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"])
         _hosted.append(TCPStore(*place, is_master=True, wait_for_workers=False))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -17,9 +17,9 @@ import torch
 from torch.distributed import Store
 
 from ..fleet.data import travels
-from ..fleet.launch import launches
 from ..fleet.network import Network
 from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
+from ..fleet.started import launches
 from ..windows import opening
 from ..windows.transport import Transport
 from .finding import Finding

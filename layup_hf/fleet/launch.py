@@ -9,14 +9,10 @@ import torch
 from torch.distributed import HashStore
 
 from .network import Network
+from .started import has_launcher, launches
 from .store import Job, launcher_store
 
 _joining: Job | None = None  # by this process, with whichever of its configurations it trains
-
-
-def launches() -> int:
-    """How many launches have started the workers of this run."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def prepare_launch(args: Any) -> None:
@@ -57,6 +53,8 @@ def has_joined(args: Any) -> None:
 
 def _running_job() -> Job | None:
     """The job of this launch, if it has begun without this worker: then its launch has been repeated."""
+    if not has_launcher():  # so there is no store yet to ask
+        return None
     try:
         job = Job.find(launcher_store())
     except ConnectionError:  # the process group will say so

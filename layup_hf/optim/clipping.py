@@ -36,8 +36,11 @@ class BlockClipper:
     ) -> None:
         self._max_norm = max_norm
         self._skips_overflow = skips_overflow
-        is_double = any(parameter.dtype == torch.float64 for block in blocks for parameter in block.parameters)
+        kinds = [{parameter.dtype for parameter in block.parameters} for block in blocks]
+        is_double = any({torch.float64, torch.complex128} & kind for kind in kinds)
         dtype = torch.float64 if is_double else torch.float32
+        numbered = zip(blocks, kinds, strict=True)
+        self._complex = {block.index for block, kind in numbered if any(dtype.is_complex for dtype in kind)}
         # Of this step as far as it has come, else of the last.
         self.norms = torch.zeros(len(blocks), dtype=dtype, device=device)
         self._last = torch.zeros(len(blocks), dtype=dtype, device=device)
@@ -54,6 +57,8 @@ class BlockClipper:
             self._squares[2] = self._last.square().sum()
         self._completed = (self._completed + 1) % len(self.norms)
         gradients = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
+        if block.index in self._complex:  # both parts of a number count
+            gradients = [torch.view_as_real(one) if one.is_complex() else one for one in gradients]
         last = self._last[block.index]
         norm = torch.zeros_like(last)
         if gradients:

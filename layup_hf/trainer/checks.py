@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..fleet.launch import launches
+from ..fleet.started import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
 from .options import Options, require_types
@@ -249,13 +249,6 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
     Raises:
         ValueError: With the remedy.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    numbers = next((name for name, parameter in trained if parameter.is_complex()), None)
-    if numbers is not None and getattr(args, "clip", "estimate") != "exact":
-        raise ValueError(
-            f"`clip='estimate'` and complex parameters ({numbers}) exclude each other: the norm of a block is taken of "
-            "real numbers. Set `clip='exact'`."
-        )
     if not has_several_workers(args):
         return
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -263,6 +256,7 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
             "SyncBatchNorm and LayUp exclude each other: in every forward all workers would wait for each other. "
             "Use BatchNorm: its running statistics are exchanged with the block that it is in."
         )
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     strange = next((one for one in trained if one[1].device.type not in ("cpu", "cuda")), None)
     if strange is not None:
         raise ValueError(

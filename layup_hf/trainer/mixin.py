@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
+from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
 from .overrides import gather_for_overrides
 from .resumed import readable
@@ -87,6 +88,8 @@ class LayupMixin(_Base):
             self.add_callback(self._layup.preemption)
         if straggler := self._layup.host.options.straggler:
             self.add_callback(StragglerCallback(straggler))
+        if (why := why_alone(self.args)) is not None:
+            logger.warning(f"LayUp: this process trains alone, but {why}.")
         logger.info(f"LayUp sees {self.args.world_size} worker(s); this is rank {self.args.process_index}.")
 
     @property

@@ -183,7 +183,7 @@ class BlockSteps:
         bias, merges = self.bias, self._host.options.merge_at != "backward"
 
         def before_forward(block: Block) -> None:
-            if merges:
+            if merges and self._hooks is not None and not self._hooks.is_learning:
                 self._merge(block)
             if bias is not None:
                 bias.note_forward(block)

@@ -282,6 +282,21 @@ def test_a_gradient_from_an_earlier_backward_of_the_window_alone_is_seen():
 # ---- Before forward ----
 
 
+def test_nothing_is_free_while_it_is_yet_to_be_seen_what_is_used_early():
+    model, batch = build(next(iter(TINY)))
+    recorder = Recorder(model)
+    hooks, indices = recorder.hooks, [block.index for block in recorder.blocks]
+    assert all(map(hooks.is_free, indices))
+    with hooks.learning():
+        assert hooks.is_learning
+        assert not any(map(hooks.is_free, indices))
+        loss_of(model, batch).backward()
+        hooks.finish_backward()
+        assert not any(map(hooks.is_free, indices))
+    assert not hooks.is_learning
+    assert all(map(hooks.is_free, indices))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_before_forward_comes_once_a_step_before_any_module_that_uses_the_block(name):
     model, batch = build(name)

@@ -11,6 +11,7 @@ from torch.distributed import PrefixStore, TCPStore
 from layup_hf import LayupConfig
 from layup_hf.fleet.launch import has_joined, prepare_launch
 from layup_hf.fleet.secret import draw_token
+from layup_hf.fleet.started import launches
 from layup_hf.fleet.store import WORKERS, Job, start_keeper
 from layup_hf.trainer.members import Members
 from layup_hf.trainer.options import Options
@@ -24,6 +25,7 @@ def launcher(monkeypatch):
     """The store of one of several launches, whose process group is not really made: that it would be is noted."""
     server, made = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     for variable in VARIABLES:
@@ -114,6 +116,33 @@ def test_one_launch_asks_nobody(monkeypatch):
     for variable in ("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
     assert prepare(network_interface="eth99").job_to_join is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        ({"GROUP_WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NNODES": "2", "WORLD_SIZE": "6"}, 3),
+        ({"SLURM_PROCID": "0", "SLURM_NNODES": "2", "WORLD_SIZE": "4"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "1", "WORLD_SIZE": "4"}, 1),
+        ({"SLURM_PROCID": "0", "SLURM_NNODES": "4"}, 1),  # a script alone, in an allocation
+        ({"SLURM_NNODES": "4", "WORLD_SIZE": "4"}, 1),  # not by `srun`
+    ],
+)
+def test_who_has_started_the_workers_is_seen(monkeypatch, environment, expected):
+    for variable in ("GROUP_WORLD_SIZE", "SLURM_PROCID", "SLURM_NNODES", "SLURM_STEP_NUM_NODES", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert launches() == expected
+
+
+@pytest.mark.timeout(30)
+def test_where_rank_0_keeps_the_store_nobody_waits_for_it_before_there_is_one(launcher, job, monkeypatch):
+    """As with `srun python script.py`: the store begins with the process group."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert prepare().job_to_join is None
 
 
 def test_an_interface_that_is_not_there_is_refused_where_there_are_several_launches(launcher, tmp_path):

@@ -51,6 +51,22 @@ def norm_of(block):
     return get_total_norm([parameter.grad for parameter in block.parameters]).item()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_gradients_count_with_both_parts_beside_real_ones(dtype):
+    torch.manual_seed(0)
+    kinds = [(torch.float32, dtype), (torch.float32,), (dtype,)]
+    members = [[nn.Parameter(torch.zeros(3, 2, dtype=kind)) for kind in some] for some in kinds]
+    blocks = [Block(index, str(index), (), tuple(parameters), (), ()) for index, parameters in enumerate(members)]
+    clipper = clipper_of(blocks, 0.5)
+    for _ in range(2):
+        before = set_gradients(blocks)
+        clip(clipper, blocks)
+    norm = sum(gradient.abs().double().square().sum() for gradient in before).sqrt()
+    torch.testing.assert_close(clipper.total_norm().double(), norm, rtol=1e-5, atol=0)
+    for found, gradient in zip(gradients_of(blocks), before, strict=True):
+        torch.testing.assert_close(found, gradient * (0.5 / norm).item(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
 def test_constant_gradients_are_clipped_as_by_torch_after_the_first_step(blocks, max_norm):
     clipper = clipper_of(blocks, max_norm)

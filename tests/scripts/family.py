@@ -14,8 +14,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather, gather_object
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from relatives import (
+    LayupCPOConfig,
+    LayupCPOTrainer,
     LayupDPOConfig,
     LayupDPOTrainer,
+    LayupKTOConfig,
+    LayupKTOTrainer,
+    LayupORPOConfig,
+    LayupORPOTrainer,
     LayupRewardConfig,
     LayupRewardTrainer,
     LayupSFTConfig,
@@ -24,6 +30,7 @@ from relatives import (
     chats,
     completions,
     copies,
+    judged,
     llama,
     lora,
     preferences,
@@ -298,12 +305,12 @@ def plain_adapters():
     }
 
 
-def preference(trainer_class, config, case, model, **options):
+def preference(trainer_class, config, case, model, data=preferences, **options):
     trainer = observed(trainer_class)(
         model=model,
         args=config(folder(case), **{**COMMON, **EVALUATED}),
-        train_dataset=preferences(96),
-        eval_dataset=preferences(8),
+        train_dataset=data(96),
+        eval_dataset=data(8),
         processing_class=tokenizer(),
         **options,
     )
@@ -317,6 +324,18 @@ def dpo():
 def reward():
     model = llama(LlamaForSequenceClassification, num_labels=1)
     return preference(LayupRewardTrainer, LayupRewardConfig, "reward", model)
+
+
+def kto():
+    return preference(LayupKTOTrainer, LayupKTOConfig, "kto", llama(), judged, ref_model=llama())
+
+
+def cpo():
+    return preference(LayupCPOTrainer, LayupCPOConfig, "cpo", llama())
+
+
+def orpo():
+    return preference(LayupORPOTrainer, LayupORPOConfig, "orpo", llama())
 
 
 rank = PartialState(cpu=True).process_index

@@ -287,13 +287,14 @@ class Turned(torch.nn.Module):
         return {"loss": (turned.abs() - input_ids).square().mean()}
 
 
+@pytest.mark.parametrize(("clip", "norm"), [("exact", 1.0), ("auto", 0.0), ("auto", 1e6)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
-def test_with_one_process_float64_and_complex_models_are_trained_as_by_the_stock_trainer(dtype, tmp_path):
+def test_with_one_process_float64_and_complex_models_are_trained_as_by_the_stock_trainer(dtype, clip, norm, tmp_path):
     models = []
     for trainer_class, config in BOTH:
         models.append(Turned(dtype))
-        own = {"clip": "exact"} if config is LayupConfig else {}
-        args = arguments(tmp_path, config, optim="adamw_torch", max_grad_norm=1.0, **own)
+        own = {"clip": clip} if config is LayupConfig else {}
+        args = arguments(tmp_path, config, optim="adamw_torch", max_grad_norm=norm, **own)
         trainer_class(model=models[-1], args=args, train_dataset=text()).train()
     assert same(*models)
     assert not same(models[0], Turned(dtype))

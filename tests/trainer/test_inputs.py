@@ -184,6 +184,23 @@ def test_how_a_weight_is_used_is_said_once(tmp_path, said):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "uses"),
+    [
+        ("own function", ["before"]),
+        ("own function, detached", ["before", "without a gradient"]),
+        ("own function that keeps", ["before"]),
+        ("own layers", []),
+    ],
+)
+def test_what_functions_of_the_users_own_take_is_seen(tmp_path, said, name, uses):
+    train(tmp_path, BROUGHT[name], *BOTH[0])
+    lines = [line for line in said() if "is used" in line]
+    assert len(lines) == len(uses)
+    for line, how in zip(lines, uses, strict=True):
+        assert line.startswith(f"LayUp: a weight of block 'head' is used {how}")
+
+
 class LateDetached(Net):
     """Begins to use a weight without a gradient in a later step than the first."""
 
