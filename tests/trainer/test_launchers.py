@@ -72,20 +72,27 @@ def test_torchrun_on_each_of_two_nodes_as_in_a_batch_script(start, tmp_path):
     assert_trained(start([command] * 2, environments), launches=2)
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_srun_starts_each_worker_itself(start, tmp_path, nodes):
+def test_srun_starts_each_worker_itself(start, tmp_path):
     """`export MASTER_ADDR=...; srun python script.py`, with RANK and the others from what Slurm says."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    environments = [
-        slurm(rank, nodes) | place | {"RANK": str(rank), "LOCAL_RANK": "0" if nodes == 2 else str(rank)}
-        for rank in range(2)
-    ]
-    assert_trained(start([[sys.executable, SCRIPT, str(tmp_path)]] * 2, environments), launches=nodes)
+    environments = [slurm(rank) | place | {"RANK": str(rank), "LOCAL_RANK": "0"} for rank in range(2)]
+    assert_trained(start([[sys.executable, SCRIPT, str(tmp_path)]] * 2, environments), launches=2)
 
 
-def slurm(rank, nodes=2):
-    """What `srun` sets for one of two tasks (Slurm 23)."""
-    here = {"SLURM_NODEID": str(rank), "SLURM_LOCALID": "0"} if nodes == 2 else {"SLURM_LOCALID": str(rank)}
-    step = {"SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}
-    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": str(nodes), "SLURM_NTASKS": "2", "SLURM_NPROCS": "2"}
-    return {"SLURM_NODEID": "0", **here, **step, **job, "SLURM_PROCID": str(rank), "SLURM_JOB_NODELIST": "n[1-2]"}
+def test_ray_train_and_its_report_callback(start, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (`.ci/versions Ray` has it)")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+    results = start([[sys.executable, SCRIPT, str(tmp_path), "ray"]], [quiet])
+    assert_trained(results, launches=1)
+    reported = json.loads((tmp_path / "reported.json").read_text())
+    assert reported["step"] == 8
+    assert reported["eval_loss"] == results[0]["eval_loss"]  # of the model that all agree on
+    assert {"model.safetensors", "optimizer.pt", "optimizer_1.pt", "trainer_state.json"} <= set(reported["saved"])
+
+
+def slurm(rank):
+    """What `srun` sets for one of two tasks, each on a node of its own."""
+    here = {"SLURM_NODEID": str(rank), "SLURM_LOCALID": "0", "SLURM_PROCID": str(rank)}
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    return {**here, **step, **job}
