@@ -3,9 +3,9 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/gpt2.py
 
 As it is, it trains a small GPT-2 on the sources of Python's standard library for two to three minutes. The
-options take it from there: another text, another model, other settings; ``--trainer ddp`` trains the very
-same with the stock Trainer. The output folder gets the model, its tokenizer, ``results.json`` and
-``curve.png``.
+options take it from there: another text, another model, other settings; `--trainer ddp` trains the very
+same with the stock Trainer. The output folder gets the model, its tokenizer, `results.json` and
+`curve.png`.
 """
 
 import math
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from datasets import Dataset
 from parts.corpus import load_corpus
 from parts.curve import TimedLog, draw_curve, write_results
 from parts.model import make_config, make_model, write_sample
 from parts.tokens import VOCABULARY, cache_folder, cached_tokenizer, collate, make_blocks
-from parts.training import in_turn, parse_options, samples_per_step, train_and_report
+from parts.training import RecipeConfig, in_turn, parse_options, samples_per_step, train_and_report
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -29,8 +29,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-
-from layup_hf import LayupConfig
 
 # The recipe's own defaults for the training options; the command line goes before them.
 DEFAULTS: dict[str, Any] = {
@@ -60,6 +58,7 @@ STEPS = 1000
 class ModelArguments:
     """Which model, which tokenizer, and who trains it."""
 
+    _argument_group_name: ClassVar[str] = "model"
     trainer: Literal["layup", "ddp"] = field(
         default="layup", metadata={"help": "LayUp, or the stock Trainer with gradient averaging."}
     )
@@ -81,6 +80,7 @@ class ModelArguments:
 class DataArguments:
     """Which text, and how it is cut. With none named: the sources of Python's standard library."""
 
+    _argument_group_name: ClassVar[str] = "text"
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a folder with one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
@@ -95,9 +95,9 @@ class DataArguments:
     max_eval_blocks: int = field(default=256, metadata={"help": "Evaluate on so many blocks at most."})
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, LayupConfig]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, RecipeConfig]:
     """Read the command line. Starts the process group, so call it once."""
-    return parse_options((ModelArguments, DataArguments, LayupConfig), DEFAULTS, STEPS, arguments)
+    return parse_options((ModelArguments, DataArguments, RecipeConfig), DEFAULTS, STEPS, arguments, __doc__)
 
 
 def prepare(

@@ -12,13 +12,14 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from datasets import Dataset
 from parts.corpus import from_hub, is_held_out, python_sources
 from parts.model import make_config, make_model, write_sample
 from parts.tokens import VOCABULARY, cache_folder, cached_tokenizer
-from parts.training import leave_together
+from parts.training import USAGE, HelpFormatter, checkpoint_of, leave_together
 from peft import LoraConfig
 from transformers import AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
@@ -44,6 +45,8 @@ DEFAULTS = {
 class LayupSFTConfig(LayupOptions, SFTConfig):
     """`SFTConfig` with the options of LayUp."""
 
+    _argument_group_name: ClassVar[str] = "training: all of SFTConfig, and then the options of LayUp"
+
 
 class LayupSFTTrainer(LayupMixin, SFTTrainer):
     """`SFTTrainer` that trains by gossip."""
@@ -53,6 +56,7 @@ class LayupSFTTrainer(LayupMixin, SFTTrainer):
 class RecipeArguments:
     """Which model, which data, and how much of the model is trained."""
 
+    _argument_group_name: ClassVar[str] = "model and data"
     model_name_or_path: str | None = field(default=None, metadata={"help": "Unset: a small GPT-2 made anew."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "On the Hub or a folder, in a format that SFTTrainer knows. Unset: docstrings."}
@@ -84,7 +88,9 @@ def load_data(name: str | None) -> tuple[Dataset, Dataset]:
 
 def main() -> None:
     """Run the recipe with the options of the command line."""
-    parser = HfArgumentParser((RecipeArguments, LayupSFTConfig))
+    parser = HfArgumentParser(
+        (RecipeArguments, LayupSFTConfig), usage=USAGE, description=__doc__, formatter_class=HelpFormatter
+    )
     parser.set_defaults(**DEFAULTS, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available())
     recipe, args = parser.parse_args_into_dataclasses()
     name, rank = recipe.model_name_or_path, recipe.lora_rank
@@ -105,7 +111,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM") if rank else None,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
     trainer.save_model()
     loss = trainer.evaluate()["eval_loss"]
     if args.process_index == 0:

@@ -3,14 +3,14 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/vision.py
 
 As it is, it trains a small ResNet on Fashion-MNIST for two to three minutes. The options take a ViT, any trained
-image classifier, other images; ``--trainer ddp`` trains the very same with the stock Trainer. The output folder
-gets the model, its image processor, ``results.json`` and ``curve.png``.
+image classifier, other images; `--trainer ddp` trains the very same with the stock Trainer. The output folder
+gets the model, its image processor, `results.json` and `curve.png`.
 
 BatchNorm: in training each worker normalises by its own batch, as with DDP. With LayUp the running mean and variance
 belong to the layer's block: a merge mixes them with a peer's by the same weight as the parameters, and a consensus
 point gives every worker the mass-weighted mean, which is what is evaluated and saved. (DDP takes those of rank 0.) The
 variance is a mean of the workers' variances, without that between their means, which is small where all draw from the
-same data. ``num_batches_tracked`` is a count that this BatchNorm does not use, and stays each worker's own.
+same data. `num_batches_tracked` is a count that this BatchNorm does not use, and stays each worker's own.
 """
 
 import sys
@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from parts.classifier import TRAINING, ClassifierArguments, accuracy, most_likely, prepare
 from parts.curve import TimedLog, draw_curve, write_results
 from parts.images import ImageArguments
-from parts.training import in_turn, parse_options, samples_per_step, train_and_report
+from parts.training import RecipeConfig, in_turn, parse_options, samples_per_step, train_and_report
 from transformers import Trainer
-
-from layup_hf import LayupConfig
 
 # The recipe's own defaults for the training options; the command line goes before them.
 DEFAULTS: dict[str, Any] = {
@@ -56,14 +54,15 @@ STEPS = 1500
 class ModelArguments(ClassifierArguments):
     """Which model, and who trains it. With none named: a small ResNet."""
 
+    _argument_group_name: ClassVar[str] = "model"
     trainer: Literal["layup", "ddp"] = field(
         default="layup", metadata={"help": "LayUp, or the stock Trainer with gradient averaging."}
     )
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, ImageArguments, LayupConfig]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[ModelArguments, ImageArguments, RecipeConfig]:
     """Read the command line. Starts the process group, so call it once."""
-    return parse_options((ModelArguments, ImageArguments, LayupConfig), DEFAULTS, STEPS, arguments)
+    return parse_options((ModelArguments, ImageArguments, RecipeConfig), DEFAULTS, STEPS, arguments, __doc__)
 
 
 def report(trainer: Trainer, timed: TimedLog, final: dict[str, float], which: str) -> None:

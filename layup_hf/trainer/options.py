@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -19,21 +19,21 @@ class Options:
             "a network those 1, 2, 4, 8, ... ranks on."
         },
     )
-    windows: str = field(
+    windows: Literal["auto", "shared", "nixl"] = field(
         default="auto",
         metadata={
             "help": "How peers read each other's blocks: `shared` (workers of one host), `nixl` (over a network), or "
             "`auto`: shared for peers on the same host, NIXL for the others."
         },
     )
-    wire_dtype: str = field(
+    wire_dtype: Literal["fp32", "bf16"] = field(
         default="fp32",
         metadata={
             "help": "What a block is sent as over a network: `fp32`, as it is, or `bf16`: half the bytes of a block "
             "in fp32, rounded."
         },
     )
-    merge_at: str = field(
+    merge_at: Literal["boundary", "backward", "arrival"] = field(
         default="boundary",
         metadata={
             "help": "When a worker merges what peers offer: `boundary`: where a block's gradients are complete and "
@@ -75,7 +75,7 @@ class Options:
             "keeps the shard that the Trainer gives it."
         },
     )
-    clip: str = field(
+    clip: Literal["auto", "estimate", "exact"] = field(
         default="auto",
         metadata={
             "help": "How `max_grad_norm` is kept: `estimate` clips each block in backward by an estimate of the global "
@@ -83,7 +83,7 @@ class Options:
             "unless a callback, the optimizer or the trainer's `training_step` needs the whole gradient."
         },
     )
-    second_moment: str = field(
+    second_moment: Literal["auto", "mean", "own"] = field(
         default="auto",
         metadata={
             "help": "What AdamW's second moment is of: `mean`: the mean gradient of the workers on this host, as with "
@@ -91,7 +91,7 @@ class Options:
             "is torch's AdamW and peers share this host's memory."
         },
     )
-    nesterov: str = field(
+    nesterov: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata={
             "help": "Whether AdamW steps by Nesterov's momentum, which makes up for gradients that come late: `on`, "
@@ -140,7 +140,7 @@ def _settled(options: Options) -> dict[str, Any]:
 
 def _settle(name: str, kind: str, value: Any) -> Any:
     """One value. Args: `kind` is the annotation of the field."""
-    wanted, _, none = kind.partition(" | ")
+    wanted, _, none = ("str" if kind.startswith("Literal") else kind).partition(" | ")
     if none and (value is None or (wanted != "str" and isinstance(value, str) and value.lower() in _NONE)):
         return None
     read = {"bool": _as_bool, "int": _as_int, "float": _as_float, "str": _as_str}[wanted]

@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ HELD_OUT_SHARE = 0.05  # of a data set that comes in one piece
 class ImageArguments:
     """Which images, and how they are varied. With none named: Fashion-MNIST."""
 
+    _argument_group_name: ClassVar[str] = "images"
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set on the Hub, or a folder of images with one folder for each class."}
     )

@@ -1,8 +1,10 @@
 """What recipes share: reading the options, and a training by LayUp or by the stock Trainer from start to end."""
 
 import time
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 import datasets
 import torch
@@ -15,9 +17,23 @@ from .curve import TimedLog
 
 T = TypeVar("T")
 MOMENT = 0.2  # seconds
+USAGE = "accelerate launch --multi_gpu --num_processes N %(prog)s [options]"
 
 
-def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str]) -> Any:
+@dataclass
+class RecipeConfig(LayupConfig):
+    """`LayupConfig`, as a group of its own in `--help`."""
+
+    _argument_group_name: ClassVar[str] = "training: all of TrainingArguments, and then the options of LayUp"
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+def parse_options(
+    kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str], description: str | None
+) -> Any:
     """One object of each of the `kinds` (dataclasses, the training arguments last) from the command line.
 
     Starts the process group, so call it once.
@@ -27,14 +43,22 @@ def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, a
         defaults: of the recipe; the command line goes before them.
         steps: how many to make, unless steps or epochs were asked for.
         arguments: the command line.
+        description: of the recipe, for `--help`.
     """
-    parser = HfArgumentParser(kinds)
+    parser = HfArgumentParser(kinds, usage=USAGE, description=description, formatter_class=HelpFormatter)
     # The process group starts with the training arguments, so the choice of device has to come first.
     parser.set_defaults(**defaults, use_cpu=not torch.cuda.is_available(), num_train_epochs=None)
     if parser.parse_known_args(arguments)[0].num_train_epochs is None:
         # Steps outrank epochs in the Trainer: only count them if epochs were not asked for.
         parser.set_defaults(max_steps=steps, num_train_epochs=1.0)
     return parser.parse_args_into_dataclasses(arguments)
+
+
+def checkpoint_of(args: TrainingArguments) -> str | bool | None:
+    """What `--resume_from_checkpoint` names; `True` means the last one in the output folder, as in `train()`."""
+    given = args.resume_from_checkpoint
+    known = {"true": True, "false": None, "none": None}
+    return known.get(given.lower(), given) if isinstance(given, str) else given
 
 
 def in_turn(args: LayupConfig, what: str, prepare: Callable[[], T]) -> T:
@@ -70,7 +94,7 @@ def train_and_report(
     if args.straggler and trainer == "ddp":
         callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
     chosen = {"layup": LayupTrainer, "ddp": Trainer}[trainer](args=args, callbacks=callbacks, **parts)
-    chosen.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    chosen.train(resume_from_checkpoint=checkpoint_of(args))
     chosen.save_model()
     final = chosen.evaluate()
     if args.process_index == 0:

@@ -62,6 +62,11 @@ def test_help_names_the_options():
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert result.returncode == 0, result.stderr
     assert all(option in result.stdout for option in ("--train_file", "--peers_per_step", "--learning_rate"))
+    assert "accelerate launch --multi_gpu --num_processes 2 recipes/gpt2.py\n" in result.stdout
+    groups = [result.stdout.index(f"\n{name}:\n") for name in ("model", "text")]
+    groups.append(result.stdout.index("\ntraining: all of TrainingArguments, and then the options of LayUp:\n"))
+    assert groups == sorted(groups)
+    assert "--clip {auto,estimate,exact}" in result.stdout
 
 
 @pytest.mark.parametrize(
