@@ -353,6 +353,102 @@ class WeightedLoss:
         return model(**inputs).loss * torch.exp(-self.weight) + self.weight
 
 
+# ---- Methods that need one model, written by the user ----
+
+
+class Noting:
+    """Notes the weights that each of the user's own methods finds."""
+
+    def note(self, where: str) -> None:
+        weights = float(sum(p.detach().double().sum() for p in self.model.parameters()))
+        self.noted = [*getattr(self, "noted", []), (where, weights)]
+
+
+class NoteSteps(TrainerCallback):
+    """Notes the weights after each step, which differ between workers; predicts and saves at the end of an epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.note("step")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.predict(self.trainer.eval_dataset)
+        self.trainer.save_model(f"{args.output_dir}/own")
+
+
+def evaluating_itself(cls: type) -> type:
+    """As transformers' example of question answering does."""
+
+    class EvaluatesItself(Noting, cls):
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            self.note("evaluate")
+            loader = self.get_eval_dataloader(eval_dataset)
+            output = self.evaluation_loop(loader, description="Evaluation", metric_key_prefix=metric_key_prefix)
+            self.log(output.metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, output.metrics)
+            return output.metrics
+
+    return EvaluatesItself
+
+
+def around_ours(cls: type) -> type:
+    """All methods that need one model, each with something of the user's before ours."""
+
+    class AroundOurs(Noting, cls):
+        def evaluate(self, *args, **kwargs):
+            self.note("evaluate")
+            return super().evaluate(*args, **kwargs)
+
+        def predict(self, *args, **kwargs):
+            self.note("predict")
+            return super().predict(*args, **kwargs)
+
+        def evaluation_loop(self, *args, **kwargs):
+            self.note("evaluation_loop")
+            return super().evaluation_loop(*args, **kwargs)
+
+        def save_model(self, *args, **kwargs):
+            self.note("save_model")
+            return super().save_model(*args, **kwargs)
+
+        def _save_checkpoint(self, *args, **kwargs):
+            self.note("_save_checkpoint")
+            return super()._save_checkpoint(*args, **kwargs)
+
+    return AroundOurs
+
+
+def further_below(cls: type) -> type:
+    """A subclass of such a subclass, with the method in between."""
+    return type("FurtherBelow", (evaluating_itself(cls),), {})
+
+
+def mixed_in_before(cls: type) -> type:
+    """The methods come from a class that knows nothing of the trainer."""
+
+    class Mixin(Noting):
+        def evaluate(self, *args, **kwargs):
+            self.note("evaluate")
+            return super().evaluate(*args, **kwargs)
+
+        def _save_checkpoint(self, *args, **kwargs):
+            self.note("_save_checkpoint")
+            return super()._save_checkpoint(*args, **kwargs)
+
+    return type("MixedInBefore", (Mixin, cls), {})
+
+
+OVERRIDING: dict[str, tuple[Callable[[type], type], set[str]]] = {
+    "evaluates itself": (evaluating_itself, {"evaluate"}),
+    "around ours": (
+        around_ours,
+        {"evaluate", "predict", "evaluation_loop", "save_model", "_save_checkpoint"},
+    ),
+    "further below": (further_below, {"evaluate"}),
+    "mixed in before": (mixed_in_before, {"evaluate", "_save_checkpoint"}),
+}
+"""Makes a trainer of the user's own out of ours; and its methods that need one model."""
+
+
 def with_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], **options: Any) -> Brought:
     model = gpt2()
     return Brought(model, optimizer=make(model), options=options)

@@ -297,7 +297,9 @@ class Job:
         """
         host, colon, port = place.rpartition(":")
         if not colon or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"join={place!r} is no place of a job: give HOST:PORT, as the job's log says.")
+            raise ValueError(
+                f"join={place!r} is not the address of a job's store: give HOST:PORT, as the job's log says."
+            )
         try:
             store = JobStore(host, int(port))
         except (OSError, DistNetworkError) as error:

@@ -62,7 +62,7 @@ def check_options(args: Any) -> None:
         )
     if getattr(args, "offer_every", 1) < 1:
         raise ValueError(
-            f"offer_every={args.offer_every}: a block must be offered at least now and then. Use 1 or more."
+            f"offer_every={args.offer_every}: it counts own steps from one offer of a block to the next. Use 1 or more."
         )
     second_moment = getattr(args, "second_moment", "auto")
     if second_moment not in ("auto", "mean", "own"):
@@ -81,11 +81,13 @@ def check_options(args: Any) -> None:
     lease = getattr(args, "lease_seconds", None)
     if lease is not None and not 1 <= lease < math.inf:
         raise ValueError(
-            f"lease_seconds={lease}: a lease is renewed several times before it runs out. Use at least 1 second."
+            f"lease_seconds={lease}: workers renew their lease several times within it. Use at least 1 second."
         )
     clip = getattr(args, "clip", "auto")
     if clip not in ("auto", "estimate", "exact"):
-        raise ValueError(f"clip={clip!r} is unknown: use 'auto', 'estimate' or 'exact'.")
+        raise ValueError(
+            f"clip={clip!r} is unknown: use 'auto', 'estimate' or 'exact'. To switch clipping off, set max_grad_norm=0."
+        )
 
     for option, what in _REFUSED.items():
         if getattr(args, option, None):

@@ -30,7 +30,7 @@ from .members import Members
 from .report import show_shares
 from .state import RunState
 from .wishes import Wishes
-from .work import seed_of_data
+from .work import WorkSharing, seed_of_data
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,14 @@ class TrainingLoop:
         state: RunState,
         collectives: Collectives,
         members: Members,
+        work: WorkSharing,
         exchange: Exchange,
         eras: Eras,
         follower: ClockFollower,
         meetings: Meetings,
     ) -> None:
         self._host, self._state, self._collectives, self._members = host, state, collectives, members
+        self._work = work
         self._exchange, self._eras, self._follower, self._meetings = exchange, eras, follower, meetings
         self._grad_norm: Any = None
         self._learning_rate: float | None = None
@@ -152,6 +154,8 @@ class TrainingLoop:
         self._state.shard_place = (epoch, skip)
         is_empty = skip == 0
         for update in _read_shard(loader, epoch, args.gradient_accumulation_steps, skip, seed_of_data(args)):
+            if is_empty:
+                self._work.compare_shards(epoch)
             is_empty = False
             skip += len(update)
             self._state.shard_place = (epoch, skip)

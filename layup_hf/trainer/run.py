@@ -71,7 +71,7 @@ class LayupRun:
         self.follower = follower = ClockFollower(host, state, collectives, members)
         self.meetings = Meetings(host, state, collectives, members, exchange, agreement, eras, follower)
         self.points = ConsensusPoints(host, state, collectives, exchange, self.logs, agreement, eras, self.meetings)
-        self.loop = TrainingLoop(host, state, collectives, members, exchange, eras, follower, self.meetings)
+        self.loop = TrainingLoop(host, state, collectives, members, self.work, exchange, eras, follower, self.meetings)
 
     @property
     def minds_preemption(self) -> bool:

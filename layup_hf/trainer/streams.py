@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..progress.randomness import Checksum
 
 
 def require_same_seeds(dataset: Any, gather: Callable[[Any], list[Any]]) -> None:
@@ -32,6 +36,42 @@ def require_same_seeds(dataset: Any, gather: Callable[[Any], list[Any]]) -> None
 def is_split_by_node(dataset: Any) -> bool:
     """Whether a stream of `datasets` gives each worker a part of it already."""
     return any(type(part).__name__ == "DistributedConfig" and part.world_size > 1 for part in _parts_of(dataset))
+
+
+class NotedStream(IterableDataset):
+    """A stream, of which a checksum of the first sample is noted, wherever it is read: in a process of the loader, too.
+
+    Args:
+        dataset: The stream.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._noted = torch.zeros(2, dtype=torch.int64).share_memory_()  # how often, and the latest checksum
+
+    @property
+    def first(self) -> int | None:
+        """Checksum of the first sample of the pass that has begun last; None if none has."""
+        return int(self._noted[1]) if self._noted[0] else None
+
+    def __iter__(self) -> Iterator[Any]:
+        process = get_worker_info()
+        notes = process is None or process.id == 0
+        for sample in self.dataset:
+            if notes:
+                checksum, notes = Checksum(), False
+                checksum.add(sample)
+                self._noted[1] = checksum.value
+                self._noted[0] += 1
+            yield sample
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "dataset" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)  # such as `set_epoch`
 
 
 def _parts_of(dataset: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
 from torch.distributed import Store
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
@@ -26,7 +27,7 @@ from .host import Host
 from .members import Members
 from .resumed import POSITION, Resumed
 from .state import RunState
-from .streams import require_same_seeds
+from .streams import NotedStream, require_same_seeds
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +63,8 @@ class WorkSharing:
         self._least_update = 0  # samples in the smallest step of a worker
         self._position: dict[str, Any] | None = None  # in the data, that training goes on from
         self._cursor: Cursor | None = None  # of the shared loader, while training
+        self._stream: NotedStream | None = None  # that this worker takes a shard of
+        self._store: Store | None = None
 
     @property
     def goes_by_clock(self) -> bool:
@@ -99,7 +102,7 @@ class WorkSharing:
         check_sharing(args)
         if not self.shares_batches:
             with _nothing_dispatched(host.accelerator):
-                return stock()
+                return self._noting(stock())
         with _nothing_prepared(host.accelerator):
             loader = stock()
         if loader.batch_size is None:  # a subclass makes its batches itself
@@ -123,6 +126,14 @@ class WorkSharing:
             rank=host.rank,
             world_size=self._members.workers,
         )
+
+    def _noting(self, loader: Any) -> Any:
+        """A loader of this worker's shard, which notes what the stream begins with if it is one."""
+        shard = getattr(loader, "dataset", None)
+        self._stream = None
+        if isinstance(shard, IterableDatasetShard):  # each worker takes its part of what it reads
+            shard.dataset = self._stream = NotedStream(shard.dataset)
+        return loader
 
     # ---- How long training takes ----
 
@@ -255,6 +266,7 @@ class WorkSharing:
     def start(self, store: Store) -> None:
         """Begin to draw batches together with the peers."""
         loader, membership = self.shared_loader, self._members.membership
+        self._store = store
         if loader is None:
             return
         plan: dict[str, Any] = {"position": self._position, "most": self._least_update}
@@ -265,6 +277,18 @@ class WorkSharing:
         members = membership.present if membership is not None else None
         loader.cursor = self._cursor = Cursor(store, self._host.rank, self._members.workers, **plan, members=members)
         self.name_member()
+
+    def compare_shards(self, epoch: int) -> None:
+        """Say so if another worker's stream, of which it takes its shard, begins with another sample."""
+        if self._stream is None or self._store is None or (first := self._stream.first) is None:
+            return
+        if self._store.compare_set(f"stream/{epoch}/first", "", str(first)).decode() != str(first):
+            logger.warning(
+                f"LayUp: with `shared_batches=False`, workers read different streams in epoch {epoch}. Each uses its "
+                "part of what it reads. If it reads a part by its rank already, the rest is left out: let all read the "
+                "same. If only what is drawn at random within samples differs, all is well."
+            )
+            self._stream = None
 
     def name_member(self) -> None:
         """Let the cursor know this worker as what it is a member of the job as."""

@@ -379,7 +379,7 @@ def test_an_announcement_that_was_changed_is_not_believed(job):
 
 @pytest.mark.parametrize("place", ["", "host", "host:", "host:port", "7000", "127.0.0.1:70x", "127.0.0.1:65536"])
 def test_what_is_no_place_is_refused(place):
-    with pytest.raises(ValueError, match=rf"join='{place}' is no place of a job: give HOST:PORT"):
+    with pytest.raises(ValueError, match=rf"join='{place}' is not the address of a job's store: give HOST:PORT"):
         Job.at(place)
 
 

@@ -148,7 +148,20 @@ def own_streams():
     found |= {order.__name__: train(Stream(order)) for order in (by_itself, by_rank)}
     found["loaded by processes"] = train(Stream(by_torch), dataloader_num_workers=1)
     found["noise"] = train(StreamWithNoise())
-    found["noise, in shards"] = train(StreamWithNoise(), Forgetful, **SHARDS, **once)
+    logger, said = logging.getLogger("layup_hf.trainer.work"), []
+    warnings = logging.Handler()
+    warnings.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(warnings)
+    for name, stream, options in (
+        ("noise", StreamWithNoise(), {}),
+        ("by_rank", StreamOfKnownLength(by_rank), {}),
+        ("by_rank, loaded by processes", StreamOfKnownLength(by_rank), {"dataloader_num_workers": 2}),
+        ("by_torch", StreamOfKnownLength(by_torch), {}),
+    ):
+        said.clear()
+        found[f"{name}, in shards"] = train(stream, Forgetful, **SHARDS, **once, **options)
+        found[f"{name}, in shards"]["said"] = gather_object(said)
+    logger.removeHandler(warnings)
     return found
 
 

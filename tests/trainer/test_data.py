@@ -82,6 +82,16 @@ def test_what_is_random_within_samples_may_differ_in_shards(two):
     assert_used(two["own_streams"], "noise, in shards")
 
 
+@pytest.mark.parametrize("name", ["by_rank", "by_rank, loaded by processes", "noise", "by_torch"])
+def test_a_stream_that_differs_between_workers_is_told_in_shards(two, name):
+    found = two["own_streams"][0][f"{name}, in shards"]
+    assert ("message" in found) is False
+    assert len(found["said"]) == (0 if name == "by_torch" else 1)
+    assert all("`shared_batches=False`, workers read different streams in epoch 0" in line for line in found["said"])
+    if name.startswith("by_rank"):
+        assert found["distinct"] < 96
+
+
 def streamed(shuffled):
     return shuffled.map(lambda row: row).select_columns("x")
 

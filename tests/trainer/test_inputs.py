@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from brought import BROUGHT, COMPILED, OLD, Brought, ByHeart, MaskInCallback, Net
+from brought import BROUGHT, COMPILED, OLD, OVERRIDING, Brought, ByHeart, MaskInCallback, Net
 from launching import run_cases
 from stock import BOTH, arguments, gpt2, same, text
 from transformers import TrainerCallback
@@ -36,7 +36,8 @@ WITH_TWO = [name for name in BROUGHT if name not in ("two optimizers, accumulati
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    return run_cases("inputs.py", 2, {name: name.split() for name in WITH_TWO}, tmp_path_factory.mktemp("inputs"))
+    names = [*WITH_TWO, *OVERRIDING]
+    return run_cases("inputs.py", 2, {name: name.split() for name in names}, tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("name", WITH_TWO)
@@ -48,6 +49,18 @@ def test_two_workers_train_it_and_agree_on_it(real, name):
         assert 0 < mine["loss"] < 8
         assert mine["moved"] > 0.1
     assert len({mine["loss"] for mine in real[name]}) == 1
+
+
+@pytest.mark.parametrize("name", OVERRIDING)
+def test_methods_of_the_users_own_find_one_model(real, name):
+    """Whatever evaluates, predicts or saves; between these the workers' weights differ."""
+    mine, its = real[name][0]["noted"]
+    steps = [[weights for where, weights in noted if where == "step"] for noted in (mine, its)]
+    assert set(steps[0]) & set(steps[1]) != set(steps[0])
+    found = [[entry for entry in noted if entry[0] != "step"] for noted in (mine, its)]
+    assert found[0] == found[1]
+    assert {where for where, _ in found[0]} == OVERRIDING[name][1]
+    assert len({weights for _, weights in found[0]}) > 2  # at more than one moment
 
 
 @pytest.mark.parametrize("name", ["mask in the step", "mask in a callback"])
