@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from stock import gpt2
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -185,6 +185,21 @@ def lora(**options: Any) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options))
 
 
+class Allocate(TrainerCallback):
+    """AdaLoRA moves ranks between layers by their gradients, after the step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def adalora() -> Brought:
+    model = gpt2()
+    torch.manual_seed(1)
+    ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6}
+    config = AdaLoraConfig(**ranks, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    return Brought(get_peft_model(model, config), callbacks=[Allocate()])
+
+
 # ---- Several backward passes in a step ----
 
 
@@ -199,6 +214,19 @@ class TwoHalves:
             self.accelerator.backward(part)
             loss = loss + part.detach()
         return loss
+
+
+class TwoLosses:
+    """A backward for each of two losses of one forward."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        logits = model(**inputs).logits
+        first = logits.square().mean()
+        second = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+        first.backward(retain_graph=True)
+        second.backward()
+        return (first + second).detach()
 
 
 class Adversarial:
@@ -264,6 +292,15 @@ class HooksAfterOurs(TrainerCallback):
         self._register(f"step {state.global_step}")
 
 
+class HooksBeforeOurs(TrainerCallback):
+    """Hooks of the user that are there before the trainer is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norms: list[float] = []
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.norms.append(float(p.grad.norm())))
+
+
 # ---- Optimizers that step all at once ----
 
 
@@ -320,6 +357,27 @@ class Unfreeze(TrainerCallback):
         if round(state.epoch or 0) == 1:
             for parameter in self.low:
                 parameter.requires_grad = not self.freezes
+
+
+class UnfreezeInStep(TrainerCallback):
+    """Layers that are unfrozen one after the other, at the beginning of a step."""
+
+    def __init__(self, layers: list[list[nn.Parameter]]) -> None:
+        self.layers = layers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= 2 and self.layers:
+            for parameter in self.layers.pop():
+                parameter.requires_grad = True
+
+
+def gradually_unfrozen() -> Brought:
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    layers = [list(layer.parameters()) for layer in model.transformer.h]
+    for parameter in (p for layer in layers for p in layer):
+        parameter.requires_grad = False
+    return Brought(model, callbacks=[UnfreezeInStep(layers)], optimizer=optimizer)
 
 
 def partly_frozen(frozen: bool = True) -> Brought:
@@ -449,6 +507,21 @@ OVERRIDING: dict[str, tuple[Callable[[type], type], set[str]]] = {
 """Makes a trainer of the user's own out of ours; and its methods that need one model."""
 
 
+class Tempered:
+    """A loss with a temperature, which the user's own optimizer steps."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits * torch.exp(self.weight)
+        return F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+
+def tempered() -> Brought:
+    model, weight = gpt2(), nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, {"params": [weight], "lr": 0.1}], lr=1e-2)
+    kind = type("Tempered", (Tempered,), {"weight": weight})
+    return Brought(model, (kind,), callbacks=[ZeroBeside()], optimizer=optimizer)
+
+
 def with_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], **options: Any) -> Brought:
     model = gpt2()
     return Brought(model, optimizer=make(model), options=options)
@@ -459,6 +532,9 @@ def compiled(how: str) -> nn.Module:
     model = gpt2()
     if how == "whole":
         return torch.compile(model, backend="aot_eager")
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+        return model
     for part in (model,) if how == "in place" else model.transformer.h:
         part.compile(backend="aot_eager")
     return model
@@ -466,7 +542,7 @@ def compiled(how: str) -> nn.Module:
 
 COMPILED: dict[str, Callable[[], Brought]] = {
     how: lambda how=how: Brought(compiled(how), options={"remove_unused_columns": False, "max_steps": 4})
-    for how in ("whole", "in place", "layers")
+    for how in ("whole", "in place", "layers", "forward")
 }
 BROUGHT: dict[str, Callable[[], Brought]] = {
     "detached head": lambda: Brought(DetachedHead()),
@@ -485,17 +561,22 @@ BROUGHT: dict[str, Callable[[], Brought]] = {
     "lora on tokens": lambda: Brought(
         lora(target_modules=["c_attn"], trainable_token_indices={"wte": [1, 2]}, modules_to_save=["wpe"])
     ),
+    "adalora": adalora,
+    "two losses": lambda: Brought(gpt2(), (TwoLosses,)),
     "two halves": lambda: Brought(gpt2(), (TwoHalves,)),
     "adversarial": lambda: Brought(gpt2(), (Adversarial,)),
     "mask in the step": lambda: Brought(gpt2(), (MaskInStep,), options={"weight_decay": 0.0}),
     "values clipped in the step": lambda: Brought(gpt2(), (ValueInStep,)),
     "mask in a callback": lambda: Brought(gpt2(), callbacks=[MaskInCallback()], options={"weight_decay": 0.0}),
     "norms after the step": lambda: Brought(gpt2(), callbacks=[NormsAfterStep()]),
+    "hooks before the trainer": lambda: (lambda model: Brought(model, callbacks=[HooksBeforeOurs(model)]))(gpt2()),
     "hooks at the beginning": lambda: Brought(gpt2(), callbacks=[HooksAfterOurs("train")]),
     "hooks in the middle": lambda: Brought(gpt2(), callbacks=[HooksAfterOurs("step 2")]),
     "two optimizers behind one": lambda: with_optimizer(chained),
     "two optimizers, accumulating": lambda: with_optimizer(chained, gradient_accumulation_steps=2),
     "unfrozen later": partly_frozen,
+    "unfrozen in steps": gradually_unfrozen,
     "frozen later": lambda: partly_frozen(frozen=False),
+    "a loss with a temperature": tempered,
     "a loss with a parameter": lambda: Brought(gpt2(), (WeightedLoss,), callbacks=[ZeroBeside()]),
 }

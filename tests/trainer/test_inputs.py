@@ -77,9 +77,10 @@ def test_each_parameter_is_stepped_once_a_step(real):
 
 
 def test_what_is_beside_the_model_is_agreed_on(real):
-    for mine in real["a loss with a parameter"]:
-        assert mine["beside_same"]
-        assert mine["beside"] != 0.0
+    for name in ("a loss with a parameter", "a loss with a temperature"):
+        for mine in real[name]:
+            assert mine["beside_same"]
+            assert mine["beside"] != 0.0
 
 
 def test_all_layers_move_once_they_are_unfrozen(real):
