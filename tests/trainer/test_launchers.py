@@ -35,7 +35,7 @@ def start(tmp_path):
             with log.open("w") as file:
                 whole = base | environment
                 started.append(subprocess.Popen(command, env=whole, stdout=file, stderr=subprocess.STDOUT))
-        codes = [process.wait(200) for process in started]
+        codes = [process.wait(280) for process in started]
         assert codes == [0] * len(commands), "\n----\n".join(log.read_text()[-4000:] for log in logs)
         return [json.loads(file.read_text()) for file in sorted(tmp_path.glob("result-*.json"))]
 
