@@ -171,3 +171,8 @@ def judged(count: int) -> Dataset:
         for i, row in enumerate(pairs)
     ]
     return Dataset.from_list(rows)
+
+
+def prompts(count: int) -> Dataset:
+    """Two words each, no two alike."""
+    return Dataset.from_list([{"prompt": f"{WORDS[i // 60]} {WORDS[i % 60]}"} for i in range(count)])

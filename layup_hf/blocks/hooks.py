@@ -115,6 +115,11 @@ class BlockHooks:
             self._expected[block.index] += 1
             self._missing[block.index] += 1
 
+    def begin_use(self) -> None:
+        """Let all blocks be used from here on: `before_forward` comes now, for those for which it has not come yet."""
+        for block in self._blocks:
+            self._begin_use_of(block)
+
     def finish_backward(self) -> None:
         """Complete the blocks that backward left incomplete, last block first, and get ready for the next step.
 
@@ -215,16 +220,21 @@ class BlockHooks:
         return on_gradient
 
     def _forward_hook(self, block: Block) -> Callable[[nn.Module, object], None]:
-        index, in_use, never_free = block.index, self._in_use, self._never_free
+        index, in_use = block.index, self._in_use
 
         def before_forward(module: nn.Module, _: object) -> None:
             if in_use[index] or self._is_muted or not module.training or not torch.is_grad_enabled():
                 return
-            in_use[index] = True
-            if index not in never_free:
-                self._before_forward(block)
+            self._begin_use_of(block)
 
         return torch.compiler.disable(before_forward) if self._stays_outside else before_forward
+
+    def _begin_use_of(self, block: Block) -> None:
+        if self._in_use[block.index]:
+            return
+        self._in_use[block.index] = True
+        if block.index not in self._never_free:
+            self._before_forward(block)
 
     def _tell_pending(self) -> None:
         block, self._pending = self._pending, None

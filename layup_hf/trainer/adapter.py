@@ -124,6 +124,10 @@ class TrainerHost:
     def train_batch_size(self) -> int:
         return self._trainer._train_batch_size
 
+    @property
+    def generates(self) -> bool:
+        return hasattr(self._trainer, "_buffered_inputs")
+
     # ---- What it counts ----
 
     @property
@@ -233,6 +237,10 @@ class TrainerHost:
 
     def count_tokens(self, inputs: Any) -> None:
         self._trainer._track_num_input_tokens(inputs)
+
+    def forget_rollout(self) -> None:
+        if self.generates:
+            self._trainer._step, self._trainer._buffered_inputs = 0, None
 
     # ---- Between steps ----
 

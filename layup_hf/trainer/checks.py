@@ -237,12 +237,6 @@ def _check_several_workers(trainer: Any) -> None:
                 f"{type(gathering).__name__}(gather_across_devices=True) and LayUp with several workers exclude each "
                 "other: all would wait for each other in every step. Leave `gather_across_devices` at False."
             )
-    if getattr(args, "num_generations", None):
-        raise ValueError(
-            f"{type(trainer).__name__} and LayUp with several workers exclude each other: it spreads the completions "
-            "of one prompt (`num_generations`) over the workers and compares them in every step, so all would wait for "
-            "each other. Use an offline method, or the stock trainer."
-        )
 
 
 def check_model(model: nn.Module, args: TrainingArguments) -> None:
@@ -329,12 +323,17 @@ def check_data(dataset: Any, args: TrainingArguments) -> None:
         length = sum(map(len, dataset.values())) if isinstance(dataset, Mapping) else len(dataset)
     except TypeError:  # of no known length
         return
-    samples = args.train_batch_size * args.gradient_accumulation_steps
-    dropped = length % args.train_batch_size if args.dataloader_drop_last else 0
-    steps = -(-(length - dropped) // samples)
+    group = getattr(args, "num_generations", None)
+    if group:
+        samples = args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1) // group
+        steps, what = length // samples, "generation batches"
+    else:
+        samples = args.train_batch_size * args.gradient_accumulation_steps
+        dropped = length % args.train_batch_size if args.dataloader_drop_last else 0
+        steps, what = -(-(length - dropped) // samples), "steps"
     if steps < args.world_size:
         raise ValueError(
-            f"The training set has {length} samples, {steps} steps of {samples}: fewer than the "
+            f"The training set has {length} samples, {steps} {what} of {samples}: fewer than the "
             f"{args.world_size} workers. Start at most {max(steps, 1)} workers, lower `per_device_train_batch_size` or "
             "`gradient_accumulation_steps`, or train on more data."
         )

@@ -39,6 +39,7 @@ class Host(Protocol):
         learning_rate: The present one, for the logs.
         current_flos: Floating-point operations since they were last stored.
         accumulation: Batches of the present step, by which the Trainer divides the loss.
+        generates: Whether it generates what it learns from, within its steps.
         hub_model_id: The repository, once it is known.
         push_in_progress: What is being uploaded.
     """
@@ -77,6 +78,8 @@ class Host(Protocol):
     def learning_rate(self) -> float: ...
     @property
     def steps_averaged(self) -> int: ...
+    @property
+    def generates(self) -> bool: ...
 
     optimizer: torch.optim.Optimizer
     state: TrainerState
@@ -116,6 +119,9 @@ class Host(Protocol):
 
     def count_tokens(self, inputs: Any) -> None:
         """Add a batch to the state's `num_input_tokens_seen`."""
+
+    def forget_rollout(self) -> None:
+        """Let the next step generate anew, where the Trainer `generates`: what there is was not used to its end."""
 
     # ---- Between steps ----
 

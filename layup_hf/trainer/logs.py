@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,19 @@ class Logs:
         Args:
             stock: The Trainer's own, which adds those of this worker.
         """
+        with self.counting():
+            stock()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around what adds tokens of this worker to the Trainer's state: a trainer that generates does in its step."""
+        before = self._host.state.num_input_tokens_seen
+        yield
         if self._state.clock is None:
-            return stock()
-        before, ledger = self._host.state.num_input_tokens_seen, self._exchange.ledger
-        stock()
+            return
+        ledger = self._exchange.ledger
         ledger.tokens[ledger.rank] += np.uint64(self._host.state.num_input_tokens_seen - before)
-        return self.sum_tokens()
+        self.sum_tokens()
 
     def sum_tokens(self) -> None:
         """Over what all workers have published until now; while they meet, exact."""

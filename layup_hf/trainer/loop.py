@@ -100,6 +100,7 @@ class TrainingLoop:
         is_last = epoch + 1 >= host.state.num_train_epochs
         if is_first:
             host.load_rng_state(call["resume_from_checkpoint"])
+        host.forget_rollout()
         self._meetings.act = lambda: host.log_evaluate_save(call, self._grad_norm, self._learning_rate)
         self._take_part(epoch)
         skip = call["steps_trained_in_current_epoch"] if is_first else 0

@@ -16,6 +16,7 @@ from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
 from .overrides import gather_for_overrides
 from .resumed import readable
+from .rollouts import check_generating_trainer, check_generation
 from .run import LayupRun
 from .straggler import StragglerCallback
 
@@ -77,11 +78,13 @@ class LayupMixin(_Base):
         arguments = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_options(arguments)
+            check_generation(arguments)
         self._layup = self.run_class(TrainerHost(self), arguments)
         with self._layup.preemption.instead_of_transformers(arguments):
             super().__init__(*args, **kwargs)
         end_group_at_exit()
         check_runtime(self)
+        check_generating_trainer(self)
         check_model(self._layup.host.model, self.args)
         check_data(self.train_dataset, self.args)
         if self._layup.minds_preemption:
@@ -130,7 +133,8 @@ class LayupMixin(_Base):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; now and then with a measurement of the gradient's bias."""
         stock = functools.partial(super().training_step, model, inputs, num_items_in_batch)
-        return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
+        with self._layup.logs.counting():
+            return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; in evaluation, too, normalised by this worker's own tokens."""

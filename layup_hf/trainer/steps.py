@@ -230,6 +230,8 @@ class BlockSteps:
         if hooks is None:
             return stock()
         hooks.begin_backward()
+        if host.generates:
+            hooks.begin_use()  # so that completions are drawn from the weights that learn from them
         if bias is None or not bias.is_due():
             return self._run(stock)
         with bias.recording():

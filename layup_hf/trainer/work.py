@@ -60,7 +60,7 @@ class WorkSharing:
     def __init__(self, host: Host, state: RunState, members: Members) -> None:
         self._host, self._state, self._members = host, state, members
         self._train_loader: Any = None
-        self._least_update = 0  # samples in the smallest step of a worker
+        self._least_draw = 0  # samples that every worker draws at once, or more
         self._position: dict[str, Any] | None = None  # in the data, that training goes on from
         self._cursor: Cursor | None = None  # of the shared loader, while training
         self._stream: NotedStream | None = None  # that this worker takes a shard of
@@ -105,12 +105,20 @@ class WorkSharing:
                 return self._noting(stock())
         with _nothing_prepared(host.accelerator):
             loader = stock()
-        if loader.batch_size is None:  # a subclass makes its batches itself
+        is_stream = isinstance(loader.dataset, IterableDataset)
+        # A subclass makes its batches itself; or repeats prompts for all workers together while it reads them.
+        if loader.batch_size is None or (is_stream and host.generates):
             with _nothing_dispatched(host.accelerator):
                 return host.accelerator.prepare(loader)
         accumulation, seed = args.gradient_accumulation_steps, seed_of_data(args)
-        if isinstance(loader.dataset, IterableDataset):
+        if is_stream:
             return SharedStream(loader, accumulation, seed, host.rank, self._members.workers)
+        if host.generates and not hasattr(loader.sampler, "mini_repeat_count"):
+            raise ValueError(
+                f"A sampler {type(loader.sampler).__name__} and `shared_batches=True` exclude each other in "
+                f"{host.name}: how often it repeats prompts is not known. Return TRL's `RepeatSampler`, or set "
+                "`shared_batches=False`."
+            )
 
         def make_loader(batches: Sampler[list[int]]) -> DataLoader:
             options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
@@ -151,19 +159,24 @@ class WorkSharing:
         if self.goes_by_clock:
             require_same_seeds(getattr(dataloader, "dataset", None), self._members.talk.gather)
         if self.shares_batches and not is_shared:
+            why, remedy = "makes its own training loader", (
+                "Override `_get_train_sampler` instead of `get_train_dataloader` to share batches."
+            )
+            if self._host.generates:
+                why, remedy = "reads prompts from a stream", "Pass a data set of known length to share batches."
             logger.warning(
-                f"{self._host.name} makes its own training loader, so batches are not shared: every worker keeps "
-                "its shard, and a slow worker's shard takes longer. Override `_get_train_sampler` instead of "
-                "`get_train_dataloader` to share batches."
+                f"{self._host.name} {why}, so batches are not shared: every worker keeps its shard, and a slow "
+                f"worker's shard takes longer. {remedy}"
             )
         if is_shared:
-            sizes = self._members.talk.gather(dataloader.update_size)
+            parts = self._members.talk.gather((dataloader.update_size, dataloader.draw_size))
+            sizes, drawn = zip(*parts, strict=True)
             dataloader.mean_update = sum(sizes) / len(sizes)
-            self._least_update = min(sizes)
+            self._least_draw = min(drawn)
             if isinstance(dataloader, SharedStream) and len(set(sizes)) > 1:
                 raise ValueError(
-                    f"Workers have batches of {sizes} samples and an iterable training set, which exclude each other: "
-                    "all must cut the stream alike. Give all the same `per_device_train_batch_size`, or set "
+                    f"Workers have batches of {list(drawn)} samples and an iterable training set, which exclude each "
+                    "other: all must cut the stream alike. Give all the same `per_device_train_batch_size`, or set "
                     "`shared_batches=False`."
                 )
         epochs, steps_per_epoch, examples, samples, batch_size, batches_per_epoch, max_steps = stock()
@@ -257,7 +270,7 @@ class WorkSharing:
         self, loader: SharedLoader | SharedStream, shards: list[tuple[int, int]], batch_size: int | None
     ) -> dict[str, Any] | None:
         """Where workers were that kept to shards, if that can be told."""
-        if batch_size is None or batch_size < self._least_update:
+        if batch_size is None or batch_size < self._least_draw or self._host.generates:
             return None  # what is left over comes in batches; each would be a step, which makes more than are planned
         return position_of_shards(shards, batch_size, len(loader.sampler) if isinstance(loader, SharedLoader) else None)
 
@@ -269,7 +282,7 @@ class WorkSharing:
         self._store = store
         if loader is None:
             return
-        plan: dict[str, Any] = {"position": self._position, "most": self._least_update}
+        plan: dict[str, Any] = {"position": self._position, "most": self._least_draw}
         if self._state.is_outside:
             plan = json.loads(store.get("plan"))
         elif membership is not None and self._host.rank == 0:

@@ -99,7 +99,7 @@ class Workers:
     def __init__(self, loaders, *, epochs=1, position=None, meets=False, store=None, ahead=False):
         store = store or dist.HashStore()
         position = json.loads(json.dumps(position or {"epoch": 0, "drawn": {}, "not_begun": []}))
-        least = min(loader.update_size for loader in loaders)
+        least = min(loader.draw_size for loader in loaders)
         for rank, loader in enumerate(loaders):
             loader.cursor = Cursor(store, rank, len(loaders), position, most=least)
             if ahead:
