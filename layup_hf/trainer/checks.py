@@ -326,7 +326,7 @@ def check_data(dataset: Any, args: TrainingArguments) -> None:
     group = getattr(args, "num_generations", None)
     if group:
         samples = args.per_device_train_batch_size * (getattr(args, "steps_per_generation", None) or 1) // group
-        steps, what = length // samples, "generation batches"
+        steps, what = length // samples, "rollouts"
     else:
         samples = args.train_batch_size * args.gradient_accumulation_steps
         dropped = length % args.train_batch_size if args.dataloader_drop_last else 0

@@ -36,7 +36,7 @@ IMPORTS = {name: imports_of(name) for name in MODULES}
 
 
 def test_the_imports_are_seen():
-    assert sorted(RECIPES) == ["recipes.gpt2", "recipes.sft", "recipes.vision"]
+    assert sorted(RECIPES) == ["recipes.gpt2", "recipes.grpo", "recipes.sft", "recipes.vision"]
     assert {"recipes.parts.corpus", "recipes.parts.training"} < IMPORTS["recipes.gpt2"]
     assert "recipes.parts.tokens" in IMPORTS["recipes.parts.images"]
     assert {"recipes.parts.model", "recipes.measure.common.text"} < IMPORTS["recipes.measure.bench.worker"]
