@@ -3,8 +3,8 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/grpo.py
 
 As it is, a small Llama that has read Python's standard library (made by LayUp within a minute, and kept in the cache)
-learns to finish functions: a completion is rewarded if Python can parse it and if it uses its arguments. Completions
-differ in length, so workers take unequal time for each step; nobody waits. ``--trainer ddp`` trains the very same with
+learns to finish functions: the reward is the share of its arguments that a function uses, if Python can parse it.
+Completions differ in length, so workers take unequal time for each step; nobody waits. ``--trainer ddp`` trains the very same with
 TRL's own trainer. The options take another model, and whatever GRPOConfig has.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from parts.curve import TimedLog
-from parts.functions import load_functions, pretrained, rewards
+from parts.functions import load_functions, pretrained, reward_of
 from parts.training import in_turn, leave_together
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -28,7 +28,6 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 64,
     "max_completion_length": 64,
     "max_steps": 150,
-    "reward_weights": [0.25, 1.0],  # of a function that Python can parse, and of one that uses its arguments
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
@@ -78,7 +77,7 @@ def main() -> None:
     trainer = {"layup": LayupGRPOTrainer, "ddp": GRPOTrainer}[recipe.trainer](
         model=name,
         args=args,
-        reward_funcs=rewards(tokenizer.eos_token_id),
+        reward_funcs=reward_of(tokenizer.eos_token_id),
         train_dataset=data.train.select_columns("prompt"),
         eval_dataset=data.held_out.select_columns("prompt").select(range(PROMPTS_HELD_OUT)),
         processing_class=tokenizer,
@@ -91,7 +90,7 @@ def main() -> None:
     if args.process_index == 0:
         made = trainer.state.global_step * args.generation_batch_size // args.steps_per_generation
         print(
-            f"Reward on held-out prompts: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after "
+            f"Reward on held-out prompts: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after. "
             f"{made / timed.seconds:.0f} completions per second in {timed.seconds:.0f} s. "
             f"In {args.output_dir}: the model."
         )

@@ -162,7 +162,7 @@ class WorkSharing:
             why, remedy = "makes its own training loader", (
                 "Override `_get_train_sampler` instead of `get_train_dataloader` to share batches."
             )
-            if self._host.generates:
+            if self._host.generates and isinstance(dataloader.dataset, IterableDataset):
                 why, remedy = "reads prompts from a stream", "Pass a data set of known length to share batches."
             logger.warning(
                 f"{self._host.name} {why}, so batches are not shared: every worker keeps its shard, and a slow "

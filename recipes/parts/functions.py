@@ -1,4 +1,4 @@
-"""Small functions of Python's standard library: a model that has read them, prompts, and rewards that need no judge."""
+"""Small functions of Python's standard library: a model that has read them, prompts, and a reward that needs no judge."""
 
 import ast
 import hashlib
@@ -71,10 +71,10 @@ def functions(root: str, held_out: bool) -> Iterator[dict[str, str]]:
 
 
 def arguments_of(node: ast.FunctionDef) -> set[str]:
-    """The names of a function's arguments, but for `self` and `cls`."""
+    """The names of a function's arguments, `self` among them."""
     taken = node.args
     every = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs, *filter(None, (taken.vararg, taken.kwarg))]
-    return {argument.arg for argument in every} - {"self", "cls"}
+    return {argument.arg for argument in every}
 
 
 def load_functions() -> Functions:
@@ -119,45 +119,36 @@ def pretrained(data: Functions, args: LayupConfig) -> str:
     return str(folder)
 
 
-# ---- Rewards ----
-
-Reward = Callable[..., list[float]]
+# ---- The reward ----
 
 
-def rewards(end: int) -> list[Reward]:
-    """Reward functions as TRL calls them: 1 for a function that Python can parse, and 1 if it uses all its arguments.
+def reward_of(end: int) -> Callable[..., list[float]]:
+    """A reward function as TRL calls it: of a function that is finished and that Python can parse, the share of its
+    arguments that it uses; of any other 0.
 
     Args:
         end: The token that a completion must end with.
     """
 
-    def written(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Nodes:
-        for prompt, completion, tokens in zip(prompts, completions, completion_ids, strict=True):
-            yield only_function(prompt + completion) if tokens and tokens[-1] == end else None
+    def uses_arguments(
+        prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **others: Any
+    ) -> list[float]:
+        return [
+            share_used(prompt + completion) if tokens and tokens[-1] == end else 0.0
+            for prompt, completion, tokens in zip(prompts, completions, completion_ids, strict=True)
+        ]
 
-    def parses(prompts: Any, completions: Any, completion_ids: Any, **others: Any) -> list[float]:
-        return [float(node is not None) for node in written(prompts, completions, completion_ids)]
-
-    def uses_arguments(prompts: Any, completions: Any, completion_ids: Any, **others: Any) -> list[float]:
-        return [share_used(node) if node else 0.0 for node in written(prompts, completions, completion_ids)]
-
-    return [parses, uses_arguments]
+    return uses_arguments
 
 
-Nodes = Iterator[ast.FunctionDef | None]
-
-
-def only_function(text: str) -> ast.FunctionDef | None:
-    """The function that a text consists of, if it does and can be parsed."""
+def share_used(text: str) -> float:
+    """The share of a function's arguments that it reads; 0 if the text is not one function that can be parsed."""
     try:
         nodes = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return nodes[0] if len(nodes) == 1 and isinstance(nodes[0], ast.FunctionDef) else None
-
-
-def share_used(node: ast.FunctionDef) -> float:
-    """The share of a function's arguments that it reads."""
-    wanted = arguments_of(node)
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
-    return len(wanted & names) / len(wanted) if wanted else 1.0
+        return 0.0
+    if len(nodes) != 1 or not isinstance(nodes[0], ast.FunctionDef):
+        return 0.0
+    wanted = arguments_of(nodes[0])
+    names = {part.id for part in ast.walk(nodes[0]) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+    return len(wanted & names) / len(wanted) if wanted else 0.0

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from relatives import WORDS, base_weights, llama, lora, prompts, tokenizer
 from transformers import LlamaForSequenceClassification, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from worker import collectives, count_collectives, leave, same_everywhere, write_result
 
 from layup_hf import LayupMixin, LayupOptions
@@ -70,11 +70,20 @@ class Observed(LayupMixin):
         return super().compute_loss(*args, **kwargs)
 
 
+@dataclass
+class LayupDistillationConfig(LayupOptions, DistillationConfig):
+    pass
+
+
 class LayupGRPOTrainer(Observed, GRPOTrainer):
     pass
 
 
 class LayupRLOOTrainer(Observed, RLOOTrainer):
+    pass
+
+
+class LayupDistillationTrainer(Observed, DistillationTrainer):
     pass
 
 
@@ -171,6 +180,25 @@ def sharded():
         reward_funcs=small,
         args=LayupGRPOConfig(str(FOLDER / "sharded"), **COMMON, steps_per_generation=2, max_steps=4),
         train_dataset=prompts(24).to_iterable_dataset(),
+        processing_class=tokenizer(),
+    )
+    return train(trainer)
+
+
+def distilled():
+    """The student generates, and a teacher says what it would have: two batches of a rollout in each step."""
+    teacher = llama()
+    teacher.lm_head.weight.data *= 20
+    trainer = LayupDistillationTrainer(
+        model=saved("student", llama()),
+        teacher_model=saved("teacher", teacher),
+        args=LayupDistillationConfig(
+            str(FOLDER / "distilled"),
+            **{name: value for name, value in COMMON.items() if name != "num_generations"},
+            gradient_accumulation_steps=2,
+            num_train_epochs=1,
+        ),
+        train_dataset=prompts(32),
         processing_class=tokenizer(),
     )
     return train(trainer)

@@ -22,7 +22,7 @@ from relatives import (
 )
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
-from trl import DPOConfig, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from layup_hf import LayupConfig, LayupMixin, LayupTrainer
 
@@ -289,21 +289,6 @@ def test_the_arguments_are_checked_wherever_a_trainer_takes_them(tmp_path):
 def two_workers(monkeypatch):
     """What is checked at the start of one of two workers."""
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-
-
-def test_methods_that_compare_completions_of_all_workers_are_refused(tmp_path, two_workers):
-    class LayupGRPOTrainer(LayupMixin, GRPOTrainer):
-        pass
-
-    options = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, "num_generations": 2}
-    with pytest.raises(ValueError, match="LayupGRPOTrainer and LayUp with several workers exclude each other"):
-        LayupGRPOTrainer(
-            model=llama(),
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=GRPOConfig(str(tmp_path), **options),
-            train_dataset=texts(8).rename_column("text", "prompt"),
-            processing_class=tokenizer(),
-        )
 
 
 def test_layers_that_synchronise_are_refused(tmp_path, two_workers):

@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from layup_hf import LayupMixin, LayupTrainer
 from layup_hf.trainer.rollouts import check_generating_trainer
 
-CASES = ["shared", "resumed", "adapters", "sharded"]
+CASES = ["shared", "resumed", "adapters", "sharded", "distilled"]
 COMMON = {"use_cpu": True, "report_to": "none", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
 COMMON |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "save_strategy": "no"}
 
@@ -112,6 +112,16 @@ def test_completions_of_rank_0_are_kept(two):
 def test_a_resumed_run_generates_for_what_is_left(two):
     assert uses(two["first"], two["second"]) == dict.fromkeys((row["prompt"] for row in prompts(24)), 1)
     assert uses(two["second"])
+
+
+def test_a_student_that_generates_is_taught_without_waiting(two):
+    for result in two["distilled"]:
+        assert set(result["collectives"]) == {0}
+        assert result["same"]
+        assert all(result["by_what_learns"])
+        assert all(entry["loss"] > 0 for entry in entries(result, "loss"))
+        assert len(result["by_what_learns"]) == 2 * result["steps"] == 2 * len(result["rollouts"])
+    assert uses(two["distilled"]) == dict.fromkeys((row["prompt"] for row in prompts(32)), 1)
 
 
 def test_only_adapters_are_trained(two):
