@@ -4,8 +4,8 @@
 
 As it is, a small Llama that has read Python's standard library (made by LayUp within a minute, and kept in the cache)
 learns to finish functions: the reward is the share of its arguments that a function uses, if Python can parse it.
-Completions differ in length, so workers take unequal time for each step; nobody waits. ``--trainer ddp`` trains the very same with
-TRL's own trainer. The options take another model, and whatever GRPOConfig has.
+Completions differ in length, so workers take unequal time for each step; nobody waits. ``--trainer ddp`` trains the
+very same with TRL's own trainer. The options take another model, and whatever GRPOConfig has.
 """
 
 from dataclasses import dataclass, field
@@ -59,6 +59,9 @@ class RecipeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A model that writes Python. Unset: a small Llama made anew."}
     )
+    pretraining_steps: int = field(
+        default=400, metadata={"help": "Steps in which the small model reads the functions before."}
+    )
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def main() -> None:
     parser.set_defaults(**DEFAULTS, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available())
     recipe, args = parser.parse_args_into_dataclasses()
     data = in_turn(args, "the functions", load_functions)
-    name = recipe.model_name_or_path or pretrained(data, args)
+    name = recipe.model_name_or_path or pretrained(data, recipe.pretraining_steps, args)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     timed = TimedLog()
     callbacks = [timed]

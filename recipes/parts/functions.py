@@ -1,4 +1,4 @@
-"""Small functions of Python's standard library: a model that has read them, prompts, and a reward that needs no judge."""
+"""Small functions of Python's standard library: a model that has read them, prompts, a reward that needs no judge."""
 
 import ast
 import hashlib
@@ -37,7 +37,6 @@ PRETRAINING: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "log_level_replica": "error",
-    "max_steps": 400,
 }
 BLOCK = 128
 
@@ -87,14 +86,16 @@ def load_functions() -> Functions:
     return Functions(train, held_out, cached_tokenizer(train, "text", VOCABULARY, cache))
 
 
-def pretrained(data: Functions, args: LayupConfig) -> str:
+def pretrained(data: Functions, steps: int, args: LayupConfig) -> str:
     """A folder with a small model that has read the functions, made by LayUp if it is not in the cache. Collective.
 
     Args:
         data: To read.
+        steps: In how many it is read.
         args: Of the training that is to come: its seed and device.
     """
-    key = json.dumps([SMALL, PRETRAINING, BLOCK, args.seed, corpus_key(data.train["text"], VOCABULARY)])
+    texts = corpus_key(data.train["text"], VOCABULARY)
+    key = json.dumps([SMALL, PRETRAINING, BLOCK, steps, args.seed, args.world_size, texts])
     folder = cache_folder() / f"functions-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return str(folder)
@@ -106,7 +107,9 @@ def pretrained(data: Functions, args: LayupConfig) -> str:
     unfinished = folder.with_suffix(".part")
     trainer = LayupTrainer(
         model=make_model(None, config, args.seed),
-        args=LayupConfig(str(unfinished), seed=args.seed, use_cpu=args.use_cpu, bf16=args.bf16, **PRETRAINING),
+        args=LayupConfig(
+            str(unfinished), max_steps=steps, seed=args.seed, use_cpu=args.use_cpu, bf16=args.bf16, **PRETRAINING
+        ),
         train_dataset=blocks,
         data_collator=collate,
         processing_class=data.tokenizer,
