@@ -159,8 +159,9 @@ class WorkSharing:
         if self.goes_by_clock:
             require_same_seeds(getattr(dataloader, "dataset", None), self._members.talk.gather)
         if self.shares_batches and not is_shared:
-            why, remedy = "makes its own training loader", (
-                "Override `_get_train_sampler` instead of `get_train_dataloader` to share batches."
+            why, remedy = (
+                "makes its own training loader",
+                ("Override `_get_train_sampler` instead of `get_train_dataloader` to share batches."),
             )
             if self._host.generates and isinstance(dataloader.dataset, IterableDataset):
                 why, remedy = "reads prompts from a stream", "Pass a data set of known length to share batches."
