@@ -16,6 +16,7 @@ from transformers.utils.hub import PushInProgress
 
 from .compat import steps_averaged
 from .options import Options, options_of
+from .seams import OF_GENERATING
 
 
 class TrainerHost:
@@ -126,7 +127,7 @@ class TrainerHost:
 
     @property
     def generates(self) -> bool:
-        return hasattr(self._trainer, "_buffered_inputs")
+        return all(hasattr(self._trainer, member) for member in OF_GENERATING)
 
     # ---- What it counts ----
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .checks import has_several_workers
+from .seams import OF_GENERATING
 
 _EXCLUDED = {
     "auto_find_batch_size": "a smaller batch may not hold whole groups of completions. Lower "
@@ -59,7 +60,7 @@ def check_generating_trainer(trainer: Any) -> None:
     args, name = trainer.args, type(trainer).__name__
     if not getattr(args, "num_generations", None) or not has_several_workers(args):
         return
-    if not (hasattr(trainer, "_buffered_inputs") and hasattr(trainer, "_step")):
+    if not all(hasattr(trainer, member) for member in OF_GENERATING):
         raise ValueError(
             f"{name} and LayUp with several workers exclude each other: it generates completions in a way that is not "
             "known. Those of TRL's `GRPOTrainer` and `RLOOTrainer` are. Use one of these, an offline method, or the "

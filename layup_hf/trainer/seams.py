@@ -164,6 +164,12 @@ SEAMS = (
     ),
 )
 
+OF_GENERATING = ("_buffered_inputs", "_step")
+"""What a trainer of TRL that generates keeps: its rollout, and the batches that have been learnt from (0.29 to 1.16).
+
+Looked for when such a trainer is made, as TRL need not be there.
+"""
+
 
 def check_seams() -> None:
     """Make sure that the installed libraries have all of it, and say so if one is newer than what was tested.
