@@ -24,13 +24,13 @@ from layup_hf import LayupMixin, LayupOptions, StragglerCallback
 DEFAULTS: dict[str, Any] = {
     "output_dir": "grpo-output",
     "num_generations": 8,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "max_completion_length": 64,
-    "max_steps": 150,
+    "max_steps": 120,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
@@ -72,6 +72,7 @@ def main() -> None:
     data = in_turn(args, "the functions", load_functions)
     name = recipe.model_name_or_path or pretrained(data, recipe.pretraining_steps, args)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    held_out = data.held_out.select_columns("prompt")
     timed = TimedLog()
     callbacks = [timed]
     if args.straggler and recipe.trainer == "ddp":
@@ -82,7 +83,7 @@ def main() -> None:
         args=args,
         reward_funcs=reward_of(tokenizer.eos_token_id),
         train_dataset=data.train.select_columns("prompt"),
-        eval_dataset=data.held_out.select_columns("prompt").select(range(PROMPTS_HELD_OUT)),
+        eval_dataset=held_out.select([i * len(held_out) // PROMPTS_HELD_OUT for i in range(PROMPTS_HELD_OUT)]),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
