@@ -51,8 +51,8 @@ class LayupMixin(_Base):
     - With `max_grad_norm`, each block is clipped by an estimate of the global norm (see `BlockClipper`), and
       `on_pre_optimizer_step` callbacks see no gradients: they have been used and freed. With `clip="exact"` both are as
       in the Trainer, and blocks step when backward has ended.
-    - A trainer that generates what it learns from (TRL's `GRPOTrainer`, say) generates whole groups on each worker, with
-      the weights that then learn from them (see `check_generation`).
+    - A trainer that generates what it learns from, such as TRL's `GRPOTrainer`, generates whole groups on each worker,
+      by the weights that then learn from them (see `rollouts.py`).
     - `torch_compile` compiles layer by layer (see `CompiledLayers`).
     - In a step, in its callbacks and in `log`, accelerate's `gather`, `gather_for_metrics`, `reduce`, `broadcast`,
       `wait_for_everyone` and the like act on this worker alone: metrics of training are each worker's own.

@@ -31,12 +31,7 @@ def check_generation(args: Any) -> None:
     generates = getattr(args, "num_generations", None) or getattr(args, "use_vllm", None)
     if not generates or not has_several_workers(args):
         return
-    for option, why in _EXCLUDED.items():
-        if getattr(args, option, None):
-            raise ValueError(
-                f"`{option}` and LayUp with several workers that generate what they learn from exclude each other: "
-                f"{why}."
-            )
+    _refuse_options(args)
     group, completions = getattr(args, "num_generations", None), completions_of_worker(args)
     if group and completions % group:
         raise ValueError(
@@ -44,6 +39,15 @@ def check_generation(args: Any) -> None:
             f"`num_generations` ({group}): with LayUp a worker generates all completions of a prompt itself. Set "
             f"`steps_per_generation` or `gradient_accumulation_steps` so that it is, or lower `num_generations`."
         )
+
+
+def _refuse_options(args: Any) -> None:
+    for option, why in _EXCLUDED.items():
+        if getattr(args, option, None):
+            raise ValueError(
+                f"`{option}` and LayUp with several workers that generate what they learn from exclude each other: "
+                f"{why}."
+            )
 
 
 def completions_of_worker(args: Any) -> int:
@@ -58,9 +62,11 @@ def check_generating_trainer(trainer: Any) -> None:
         ValueError: With the remedy.
     """
     args, name = trainer.args, type(trainer).__name__
-    if not getattr(args, "num_generations", None) or not has_several_workers(args):
+    is_known = all(hasattr(trainer, member) for member in OF_GENERATING)
+    if not (is_known or getattr(args, "num_generations", None)) or not has_several_workers(args):
         return
-    if not all(hasattr(trainer, member) for member in OF_GENERATING):
+    _refuse_options(args)
+    if not is_known:
         raise ValueError(
             f"{name} and LayUp with several workers exclude each other: it generates completions in a way that is not "
             "known. Those of TRL's `GRPOTrainer` and `RLOOTrainer` are. Use one of these, an offline method, or the "

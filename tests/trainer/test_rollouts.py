@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from layup_hf import LayupMixin, LayupTrainer
+from layup_hf import LayupConfig, LayupMixin, LayupTrainer
 from layup_hf.trainer.rollouts import check_generating_trainer
 
 CASES = ["shared", "resumed", "adapters", "sharded", "distilled"]
@@ -208,6 +208,9 @@ def test_samplers_that_do_not_say_how_often_prompts_come_are_refused(tmp_path, t
 def test_what_keeps_a_worker_from_generating_alone_is_refused(tmp_path, two_workers):
     with pytest.raises(ValueError, match="`use_vllm` and LayUp with several workers that generate"):
         grpo(tmp_path, use_vllm=True)
+    args = LayupConfig(str(tmp_path), use_cpu=True, bias_every=4)
+    with pytest.raises(ValueError, match="`bias_every` and LayUp with several workers that generate"):
+        check_generating_trainer(SimpleNamespace(args=args, _step=0, _buffered_inputs=None))
     with pytest.raises(ValueError, match="`use_transformers_continuous_batching` and `bf16` exclude each other"):
         grpo(tmp_path, use_transformers_continuous_batching=True, bf16=True)
 
