@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from ..fleet.launch import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
+from .muon import is_muon, muon_options
 from .options import Options, require_types
 from .streams import is_split_by_node
 
@@ -101,6 +102,8 @@ def check_options(args: Any) -> None:
                 "backward inside backward, so a block would be stepped twice. Set `use_reentrant` to False."
             )
     optim = getattr(args, "optim", None) or ""
+    if is_muon(optim):
+        muon_options(args)  # refuses what it does not understand
     name = getattr(optim, "value", optim)
     for part, why in _UNSTEPPABLE.items():
         if part in name:

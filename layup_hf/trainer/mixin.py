@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
 from .checks import check_data, check_model, check_options, check_runtime, check_search
+from .muon import MuonMixin
 from .overrides import gather_for_overrides
 from .resumed import readable
 from .run import LayupRun
@@ -23,13 +24,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-if TYPE_CHECKING:
-    _Base = Trainer  # what `super()` is in every class that this is mixed into
-else:
-    _Base = object
-
-
-class LayupMixin(_Base):
+class LayupMixin(MuonMixin):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
