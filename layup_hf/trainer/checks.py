@@ -188,7 +188,8 @@ def check_runtime(trainer: Any) -> None:
     if trainer.optimizer is not None:
         check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
     elif trainer.optimizer_cls_and_kwargs is None:  # it is made by `optim`, when training begins
-        skips, is_adamw = args.optim == OptimizerNames.ADAMW_TORCH_FUSED, args.optim in _TORCH_ADAMW
+        skips = is_muon(args.optim) or args.optim == OptimizerNames.ADAMW_TORCH_FUSED
+        is_adamw = is_muon(args.optim) or args.optim in _TORCH_ADAMW
         _refuse_optimizer(f"optim={args.optim.value!r}", args, trainer.accelerator.scaler, skips, is_adamw)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(

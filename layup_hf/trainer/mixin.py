@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
 class LayupMixin(MuonMixin):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 

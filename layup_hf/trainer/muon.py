@@ -30,7 +30,9 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 }
 """Of `optim_args`, and how each is read."""
 
-Optimizers = ExplicitEnum("Optimizers", {"MUON": "muon"} | {o.name: o.value for o in OptimizerNames if o.value != "muon"})
+Optimizers = ExplicitEnum(
+    "Optimizers", {"MUON": "muon"} | {o.name: o.value for o in OptimizerNames if o.value != "muon"}
+)
 """What `optim` can be with the options of LayUp. Its `muon` is ours, whatever a transformers of its own may have."""
 
 

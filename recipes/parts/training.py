@@ -9,12 +9,16 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
+from layup_hf import LayupConfig, LayupTrainer, MuonMixin, StragglerCallback
 
 from .curve import TimedLog
 
 T = TypeVar("T")
 MOMENT = 0.2  # seconds
+
+
+class DdpTrainer(MuonMixin, Trainer):
+    """The stock Trainer, that knows `optim="muon"` as `LayupTrainer` does."""
 
 
 def parse_options(kinds: Sequence[type], defaults: dict[str, Any], steps: int, arguments: Sequence[str]) -> Any:
@@ -69,7 +73,7 @@ def train_and_report(
     callbacks = [timed]
     if args.straggler and trainer == "ddp":
         callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
-    chosen = {"layup": LayupTrainer, "ddp": Trainer}[trainer](args=args, callbacks=callbacks, **parts)
+    chosen = {"layup": LayupTrainer, "ddp": DdpTrainer}[trainer](args=args, callbacks=callbacks, **parts)
     chosen.train(resume_from_checkpoint=args.resume_from_checkpoint)
     chosen.save_model()
     final = chosen.evaluate()

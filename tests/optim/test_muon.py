@@ -179,7 +179,10 @@ def test_groups_stay_what_they_were_given():
     params, matrices = of_all_kinds()
     groups = [{"params": params[:4], "weight_decay": 0.3}, {"params": iter(params[4:]), "lr": 0.5}]
     optimizer = MuonAdamW(groups, matrices, lr=LR)
-    made = [(group["matrices"], group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    made = [
+        (group["matrices"], group["lr"], group["weight_decay"], len(group["params"]))
+        for group in optimizer.param_groups
+    ]
     first = [("whole", LR, 0.3, 3), ("stacked", LR, 0.3, 1)]
     assert made == [*first, ("stacked", 0.5, 0.0, 1), ("flattened", 0.5, 0.0, 2), (None, 0.5, 0.0, 2)]
     optimizer.add_param_group({"params": nn.Parameter(torch.zeros(3, 3)), "lr": 0.7})
@@ -231,7 +234,9 @@ def test_parameters_keep_their_type_and_layout(dtype):
     optimizer = make(convolution.parameters(), {"flattened": [convolution.weight]})
     give_gradients(list(convolution.parameters()), 0)
     optimizer.step()
-    strides = [tensor.stride() for tensor in (convolution.weight, optimizer.state[convolution.weight]["momentum_buffer"])]
+    strides = [
+        tensor.stride() for tensor in (convolution.weight, optimizer.state[convolution.weight]["momentum_buffer"])
+    ]
     assert strides == [(27, 1, 9, 3)] * 2
     assert convolution.weight.dtype == dtype
     assert torch.isfinite(convolution.weight).all()
