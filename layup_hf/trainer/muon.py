@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.training_args import OptimizerNames
 from transformers.trainer_utils import check_target_module_exists
+from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from ..optim.matrices import layer_matrices
@@ -97,8 +97,8 @@ class MuonMixin(_Base):
         matrices = layer_matrices(whole, functools.partial(_is_target, whole, targets) if targets else None)
         if not matrices:
             raise ValueError(
-                f"`optim='muon'` and this model exclude each other: {_lacking(targets)}. Name the modules whose weights "
-                "it is to step in `optim_target_modules`, or choose another `optim`, such as 'adamw_torch'."
+                f"`optim='muon'` and this model exclude each other: {_lacking(targets)}. Name the modules whose "
+                "weights it is to step in `optim_target_modules`, or choose another `optim`, such as 'adamw_torch'."
             )
         return MuonAdamW, {**kwargs, **muon_options(args), "matrices": matrices}
 

@@ -6,7 +6,6 @@ import json
 import pickle
 
 import pytest
-import torch
 from launching import run_cases
 from stock import arguments, gpt2, same, text
 from torch import nn
