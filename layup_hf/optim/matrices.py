@@ -73,11 +73,11 @@ def _bodies(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Each model of transformers that is in no other, with its `base_model`."""
     inside: set[int] = set()
     for module in model.modules():
-        if id(module) not in inside and isinstance(getattr(type(module), "base_model_prefix", None), str):
+        prefix = getattr(type(module), "base_model_prefix", None)
+        if id(module) not in inside and isinstance(prefix, str):
             inside.update(map(id, module.modules()))
-            body = getattr(module, module.base_model_prefix, module) if module.base_model_prefix else module
-            if isinstance(body, nn.Module):
-                yield module, body
+            body = getattr(module, prefix, None) if prefix else None
+            yield module, body if isinstance(body, nn.Module) else module
 
 
 def _kind_of(parameter: Tensor, module: nn.Module) -> str | None:

@@ -101,22 +101,23 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            members = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if any(parameter.grad.is_sparse for parameter in members):
+            members: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = _gradients_of(members)
+            if any(gradient.is_sparse for gradient in gradients):
                 raise RuntimeError("MuonAdamW takes no sparse gradients: set `sparse=False` in the embedding.")
             if group["matrices"] is None:
-                self._step_by_adamw(members, group)
+                self._step_by_adamw(members, gradients, group)
             else:
                 self._step_by_muon(members, group)
         return loss
 
-    def _step_by_adamw(self, members: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_by_adamw(self, members: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._state_of(parameter, group) for parameter in members]
-        beta1, beta2 = group["betas"]
         adamw(
             members,
-            [parameter.grad for parameter in members],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],
@@ -124,8 +125,8 @@ class MuonAdamW(torch.optim.Optimizer):
             found_inf=getattr(self, "found_inf", None),
             has_complex=any(parameter.is_complex() for parameter in members),
             amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
@@ -155,7 +156,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Parameters whose matrices have one shape, whichever side is the longer one."""
         kind, kept, rate, decay = (group[name] for name in ("matrices", "momentum", "lr", "weight_decay"))
-        momenta, gradients = self._momenta(parameters), self._gradients(parameters)
+        momenta, gradients = self._momenta(parameters), self._unscaled(_gradients_of(parameters))
         skips, left = self._skips(parameters[0].device), 1 - rate * decay
         if skips is not None:  # then neither momenta nor parameters are to change
             gradients = [torch.where(skips, m, g) for m, g in zip(momenta, gradients, strict=True)]
@@ -181,9 +182,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return [state["momentum_buffer"] for state in states]
 
-    def _gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+    def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
         """Without the factor of a GradScaler that has left it to the optimizer to take it out."""
-        gradients = [parameter.grad for parameter in parameters]
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             torch._foreach_div_(gradients, scale.to(gradients[0].device))
@@ -236,6 +236,10 @@ def from_matrices(matrices: Tensor, parameter: Tensor, kind: str) -> Tensor:
 def _lying(matrices: Tensor) -> Tensor:
     """With no more rows than columns."""
     return matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+
+
+def _gradients_of(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _may_be_fused(parameter: Tensor) -> bool:
