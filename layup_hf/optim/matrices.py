@@ -11,7 +11,10 @@ from ..blocks import split_into_blocks
 Matrices = dict[str, list[Tensor]]
 """Parameters by kind, as `MuonAdamW` takes them."""
 
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
 from .checks import check_data, check_model, check_options, check_runtime, check_search
-from .muon import MuonMixin
+from .muon import optimizer_of
 from .overrides import gather_for_overrides
 from .resumed import readable
 from .run import LayupRun
@@ -25,7 +25,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class LayupMixin(MuonMixin):
+if TYPE_CHECKING:
+    _Base = Trainer  # what `super()` is in every class that this is mixed into
+else:
+    _Base = object
+
+
+class LayupMixin(_Base):
     """Turns a subclass of `Trainer` into one that trains by layer-wise gossip instead of DDP:
 
         class LayupSeq2SeqTrainer(LayupMixin, Seq2SeqTrainer): ...
@@ -98,6 +104,10 @@ class LayupMixin(MuonMixin):
         self._layup.model.require_no_ddp(prepared[0])
         self._layup.prepare()
         return prepared
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """As the Trainer's, and for `optim="muon"`, too."""
+        return optimizer_of(super().get_optimizer_cls_and_kwargs, args, self.model if model is None else model)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         with self._layup.training(kwargs.get("resume_from_checkpoint"), kwargs.get("trial")) as checkpoint:

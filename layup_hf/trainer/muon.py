@@ -73,8 +73,37 @@ def muon_options(args: Any) -> dict[str, Any]:
     return options
 
 
+def optimizer_of(
+    stock: Callable[[Any, nn.Module | None], tuple[Any, dict[str, Any]]], args: Any, model: nn.Module
+) -> tuple[Any, dict[str, Any]]:
+    """As the Trainer's `get_optimizer_cls_and_kwargs`; for Muon that is asked for AdamW, and changed.
+
+    Args:
+        stock: The Trainer's own.
+        args: Its arguments.
+        model: What is trained.
+
+    Raises:
+        ValueError: There is no matrix in it.
+    """
+    if not is_muon(args.optim):
+        return stock(args, model)
+    plain = copy.copy(args)
+    plain.optim, plain.optim_args = OptimizerNames.ADAMW_TORCH_FUSED, None
+    _, kwargs = stock(plain, model)
+    kwargs.pop("fused", None)  # where the parameters allow it
+    targets = args.optim_target_modules
+    matrices = layer_matrices(model, functools.partial(_is_target, model, targets) if targets else None)
+    if not matrices:
+        raise ValueError(
+            f"`optim='muon'` and this model exclude each other: {_lacking(targets)}. Name the modules whose weights it "
+            "is to step in `optim_target_modules`, or choose another `optim`, such as 'adamw_torch'."
+        )
+    return MuonAdamW, {**kwargs, **muon_options(args), "matrices": matrices}
+
+
 class MuonMixin(_Base):
-    """Lets a Trainer take `optim="muon"` of a `LayupConfig`; `LayupTrainer` has it.
+    """Lets another Trainer take `optim="muon"` of a `LayupConfig`, as `LayupTrainer` does:
 
         class MuonTrainer(MuonMixin, Trainer): ...
 
@@ -82,25 +111,12 @@ class MuonMixin(_Base):
     """
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        """As the Trainer's, which is asked for AdamW instead: Muon takes its options, and the matrices of the model.
+        """As the Trainer's, and for Muon, too.
 
         Raises:
-            ValueError: There is no matrix.
+            ValueError: There is no matrix in the model that Muon could step.
         """
-        if not is_muon(args.optim):
-            return super().get_optimizer_cls_and_kwargs(args, model)
-        plain = copy.copy(args)
-        plain.optim, plain.optim_args = OptimizerNames.ADAMW_TORCH_FUSED, None
-        _, kwargs = super().get_optimizer_cls_and_kwargs(plain, model)
-        kwargs.pop("fused", None)  # where the parameters allow it
-        targets, whole = args.optim_target_modules, self.model if model is None else model
-        matrices = layer_matrices(whole, functools.partial(_is_target, whole, targets) if targets else None)
-        if not matrices:
-            raise ValueError(
-                f"`optim='muon'` and this model exclude each other: {_lacking(targets)}. Name the modules whose "
-                "weights it is to step in `optim_target_modules`, or choose another `optim`, such as 'adamw_torch'."
-            )
-        return MuonAdamW, {**kwargs, **muon_options(args), "matrices": matrices}
+        return optimizer_of(super().get_optimizer_cls_and_kwargs, args, self.model if model is None else model)
 
 
 def _is_target(model: nn.Module, targets: Any, path: str) -> bool:
