@@ -39,7 +39,8 @@ class LayupOptions(Options, _TakesMuon):
 
     def set_optimizer(self, name: Any = "adamw_torch", *args: Any, **kwargs: Any) -> Any:
         """As that of `TrainingArguments`; the name may be "muon", too."""
-        settings = super().set_optimizer(OptimizerNames.ADAMW_TORCH if is_muon(name) else name, *args, **kwargs)
+        known = OptimizerNames.ADAMW_TORCH if is_muon(name) else name
+        settings = super().set_optimizer(known, *args, **kwargs)  # type: ignore[misc] # of what it is mixed into
         if is_muon(name):
             self.optim = Optimizers.MUON
         return settings

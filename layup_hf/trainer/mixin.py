@@ -105,7 +105,9 @@ class LayupMixin(_Base):
         self._layup.prepare()
         return prepared
 
-    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override] # the Trainer's knows no trainer
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, Any]:
         """As the Trainer's, and for `optim="muon"`, too."""
         return optimizer_of(super().get_optimizer_cls_and_kwargs, args, self.model if model is None else model)
 

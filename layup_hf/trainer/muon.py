@@ -30,7 +30,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 }
 """Of `optim_args`, and how each is read."""
 
-Optimizers = ExplicitEnum(
+Optimizers = ExplicitEnum(  # type: ignore[call-overload] # mypy knows none that are made by a call
     "Optimizers", {"MUON": "muon"} | {o.name: o.value for o in OptimizerNames if o.value != "muon"}
 )
 """What `optim` can be with the options of LayUp. Its `muon` is ours, whatever a transformers of its own may have."""
@@ -73,9 +73,7 @@ def muon_options(args: Any) -> dict[str, Any]:
     return options
 
 
-def optimizer_of(
-    stock: Callable[[Any, nn.Module | None], tuple[Any, dict[str, Any]]], args: Any, model: nn.Module
-) -> tuple[Any, dict[str, Any]]:
+def optimizer_of(stock: Callable[..., tuple[Any, Any]], args: Any, model: Any) -> tuple[Any, Any]:
     """As the Trainer's `get_optimizer_cls_and_kwargs`; for Muon that is asked for AdamW, and changed.
 
     Args:
@@ -110,7 +108,9 @@ class MuonMixin(_Base):
     The rest stays as the Trainer has it: groups of parameters, weight decay, the learning rate.
     """
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override] # the Trainer's knows no trainer
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, Any]:
         """As the Trainer's, and for Muon, too.
 
         Raises:
