@@ -11,6 +11,7 @@ try:
     from .config import LayupConfig, LayupOptions
     from .progress.clock import WorkerFailure
     from .trainer.mixin import LayupMixin, LayupTrainer
+    from .trainer.muon import MuonMixin
     from .trainer.straggler import StragglerCallback
     from .windows.straggler import StragglerConfig
 except Exception:
@@ -22,6 +23,7 @@ __all__ = [
     "LayupMixin",
     "LayupOptions",
     "LayupTrainer",
+    "MuonMixin",
     "StragglerCallback",
     "StragglerConfig",
     "WorkerFailure",

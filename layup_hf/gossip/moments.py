@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block
-from ..optim.adam import age_of, is_plain_adam, make_states
+from ..optim.adam import age_of, is_plain_adam, make_states, stepped_by_adam
 from ..windows.base import Gather
 from ..windows.shared import SharedWindows
 
@@ -65,7 +65,7 @@ class MeanMoments:
     memory. With the second moment times `1 - (1 - 1/M) n^2 / (s^2 + n^2)`, a step would be as the mean gradient's, so
     it is to be longer by the inverse root of that: see `Direction`. M counts the workers on this host.
 
-    It needs torch's AdamW, see `is_plain_adam`. Make it with `MeanMoments.open`.
+    It needs torch's AdamW, see `is_plain_adam`; what Muon steps has no second moment. Make it with `MeanMoments.open`.
 
     Args:
         parts: By the block's index.
@@ -122,11 +122,12 @@ class MeanMoments:
         make_states(optimizer)
         parts: dict[int, _Part] = {}
         shown: list[Block] = []
-        for block in (block for block in blocks if block.parameters):
-            states = [optimizer.state[parameter] for parameter in block.parameters]
+        members = {block: stepped_by_adam(optimizer, block.parameters) for block in blocks}
+        for block in (block for block in blocks if members[block]):
+            states = [optimizer.state[parameter] for parameter in members[block]]
             first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
             noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
-            parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, block.parameters[0]), noise)
+            parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, members[block][0]), noise)
             shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
         windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
         beta1, beta2 = optimizer.param_groups[0]["betas"]
@@ -136,7 +137,8 @@ class MeanMoments:
         """By what the step that the block is about to make is to be longer than AdamW's; to be asked once a step.
 
         Returns:
-            Of each parameter one number for each row, to be multiplied with it; None where nothing is known.
+            Of each parameter that AdamW steps one number for each row, to be multiplied with it; None where nothing is
+            known.
         """
         part = self._parts.get(block.index)
         if part is None or not self._peers:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block
-from .adam import age_of, make_states
+from .adam import adam_groups, age_of, make_states, stepped_by_adam
 
 
 class Direction:
@@ -44,7 +44,7 @@ class Direction:
 
     If a GradScaler lets the optimizer skip the step on the device, moments stay, too.
 
-    It needs torch's AdamW, see `is_plain_adam`.
+    It needs torch's AdamW, see `is_plain_adam`. What Muon steps is left as it is.
 
     Args:
         blocks: The model's blocks.
@@ -56,7 +56,8 @@ class Direction:
         make_states(optimizer)
         self.looks_ahead = looks_ahead
         self._optimizer = optimizer
-        self._ages = {block.index: age_of(optimizer, block.parameters[0]) for block in blocks if block.parameters}
+        self._members = {block.index: stepped_by_adam(optimizer, block.parameters) for block in blocks}
+        self._ages = {index: age_of(optimizer, members[0]) for index, members in self._members.items() if members}
         self._room: dict[torch.dtype, Tensor] = {}
 
     @contextlib.contextmanager
@@ -66,21 +67,25 @@ class Direction:
 
         Args:
             block: All that the optimizer steps meanwhile.
-            lengths: c of each parameter of the block, of a shape that fits it; None: 1.
+            lengths: c of each parameter of the block that AdamW steps, of a shape that fits it; None: 1.
         """
+        members = self._members[block.index]
+        if not members:
+            yield
+            return
         beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
         lead = (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
         self._ages[block.index] += 1
-        of_all = [parameter.grad for parameter in block.parameters]
+        of_all = [parameter.grad for parameter in members]
         is_stepped = [gradient is not None for gradient in of_all]
         if not any(is_stepped) or (lead == 0 and lengths is None):
             yield
             return
-        stepped = list(itertools.compress(block.parameters, is_stepped))
+        stepped = list(itertools.compress(members, is_stepped))
         states = [self._optimizer.state[parameter] for parameter in stepped]
         gradients = [gradient for gradient in of_all if gradient is not None]
         first = [state["exp_avg"] for state in states]
-        with self._unscaled(first, gradients):
+        with self._unscaled(first, gradients, [p.grad for p in block.parameters if p.grad is not None]):
             if lengths is None and all(m.dtype in (torch.float32, torch.float64) for m in first):
                 with self._other_beta(beta1, lead, age + 1):
                     yield
@@ -101,7 +106,7 @@ class Direction:
         """
         beta = beta1 * (1 - lead)
         longer = (1 - beta**steps) / (1 - beta1**steps)
-        groups = self._optimizer.param_groups
+        groups = adam_groups(self._optimizer)
         own = [{name: group[name] for name in ("betas", "lr", "weight_decay")} for group in groups]
         for group in groups:
             group["betas"] = (beta, group["betas"][1])
@@ -150,11 +155,16 @@ class Direction:
         ]
 
     @contextlib.contextmanager
-    def _unscaled(self, first: list[Tensor], gradients: list[Tensor]) -> Iterator[None]:
-        """Do with gradients what a GradScaler wants of the optimizer in its step. Nothing waits for the device."""
+    def _unscaled(self, first: list[Tensor], gradients: list[Tensor], of_all: list[Tensor]) -> Iterator[None]:
+        """Do with gradients what a GradScaler wants of the optimizer in its step. Nothing waits for the device.
+
+        Args:
+            first, gradients: Of what AdamW steps.
+            of_all: Gradients of the block, which are scaled, too.
+        """
         scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if isinstance(scale, Tensor):
-            torch._foreach_div_(gradients, scale)
+            torch._foreach_div_(of_all, scale)
             vars(self._optimizer)["grad_scale"] = None
         if isinstance(found_inf, Tensor):  # then the optimizer changes nothing, and these gradients leave m as it is
             skips = found_inf.to(first[0].device) > 0

@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from ..fleet.started import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
+from .muon import is_muon, muon_options
 from .options import Options, require_types
 from .streams import is_split_by_node
 
@@ -103,6 +104,8 @@ def check_options(args: Any) -> None:
                 "backward inside backward, so a block would be stepped twice. Set `use_reentrant` to False."
             )
     optim = getattr(args, "optim", None) or ""
+    if is_muon(optim):
+        muon_options(args)  # refuses what it does not understand
     name = getattr(optim, "value", optim)
     for part, why in _UNSTEPPABLE.items():
         if part in name:
@@ -187,7 +190,8 @@ def check_runtime(trainer: Any) -> None:
     if trainer.optimizer is not None:
         check_optimizer(trainer.optimizer, args, trainer.accelerator.scaler)
     elif trainer.optimizer_cls_and_kwargs is None:  # it is made by `optim`, when training begins
-        skips, is_adamw = args.optim == OptimizerNames.ADAMW_TORCH_FUSED, args.optim in _TORCH_ADAMW
+        skips = is_muon(args.optim) or args.optim == OptimizerNames.ADAMW_TORCH_FUSED
+        is_adamw = is_muon(args.optim) or args.optim in _TORCH_ADAMW
         _refuse_optimizer(f"optim={args.optim.value!r}", args, trainer.accelerator.scaler, skips, is_adamw)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(

@@ -14,6 +14,7 @@ from ..fleet.group import end_group_at_exit
 from .adapter import TrainerHost
 from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
+from .muon import optimizer_of
 from .overrides import gather_for_overrides
 from .resumed import readable
 from .rollouts import check_generating_trainer, check_generation
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
 
 if TYPE_CHECKING:
     _Base = Trainer  # what `super()` is in every class that this is mixed into
@@ -110,6 +112,12 @@ class LayupMixin(_Base):
         self._layup.model.require_no_ddp(prepared[0])
         self._layup.prepare()
         return prepared
+
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override] # the Trainer's knows no trainer
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, Any]:
+        """As the Trainer's, and for `optim="muon"`, too."""
+        return optimizer_of(super().get_optimizer_cls_and_kwargs, args, self.model if model is None else model)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         with self._layup.training(kwargs.get("resume_from_checkpoint"), kwargs.get("trial")) as checkpoint:

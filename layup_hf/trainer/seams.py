@@ -141,6 +141,7 @@ SEAMS = (
     *_of("transformers.utils.hub", "5.0", "PushInProgress"),
     *_of("transformers.optimization", "5.4", "GreedyLR"),
     *_of("transformers.trainer_utils", "5.2", "sort_checkpoints"),
+    *_of("transformers.trainer_utils", "5.0", ("check_target_module_exists", "optim_target_modules", "key")),
     # ---- accelerate ----
     *_of("accelerate.Accelerator", "1.3", ("unwrap_model", "keep_torch_compile")),
     *_of("accelerate.Accelerator", "1.1", ("prepare_model", "device_placement", "evaluation_mode")),
@@ -157,10 +158,11 @@ SEAMS = (
     *_of("torch.nn.Module", "2.6", "_compiled_call_impl"),
     *_of("torch.optim.Optimizer", "2.6", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", is_set=True),
     *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_optional=True),
+    *_of("torch.optim.adamw", "2.6", ("adamw", "fused", "grad_scale", "found_inf", "has_complex")),
     *_of(
         *("torch", "2.6", "_foreach_addcmul_", "_foreach_clamp_max_", "_foreach_clamp_min_", "_foreach_copy_"),
         *("_foreach_div", "_foreach_div_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_"),
-        *("_foreach_norm", "_foreach_sub_"),
+        *("_foreach_add_", "_foreach_norm", "_foreach_sub_"),
     ),
 )
 

@@ -11,13 +11,17 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from layup_hf import LayupConfig, LayupTrainer, StragglerCallback
+from layup_hf import LayupConfig, LayupTrainer, MuonMixin, StragglerCallback
 
 from .curve import TimedLog
 
 T = TypeVar("T")
 MOMENT = 0.2  # seconds
 USAGE = "accelerate launch --multi_gpu --num_processes N %(prog)s [options]"
+
+
+class DdpTrainer(MuonMixin, Trainer):
+    """The stock Trainer, that knows `optim="muon"` as `LayupTrainer` does."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ def train_and_report(
     callbacks = [timed]
     if args.straggler and trainer == "ddp":
         callbacks.append(StragglerCallback(args.straggler))  # which LayupTrainer adds itself
-    chosen = {"layup": LayupTrainer, "ddp": Trainer}[trainer](args=args, callbacks=callbacks, **parts)
+    chosen = {"layup": LayupTrainer, "ddp": DdpTrainer}[trainer](args=args, callbacks=callbacks, **parts)
     chosen.train(resume_from_checkpoint=checkpoint_of(args))
     chosen.save_model()
     final = chosen.evaluate()

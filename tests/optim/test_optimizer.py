@@ -17,6 +17,7 @@ from transformers.optimization import Adafactor
 
 from layup_hf.blocks import Block, split_into_blocks
 from layup_hf.blocks.hooks import BlockHooks
+from layup_hf.optim.muon import MuonAdamW
 from layup_hf.optim.optimizer import BlockOptimizer
 
 OPTIMIZERS = {
@@ -31,7 +32,14 @@ OPTIMIZERS = {
     "adafactor": lambda groups: Adafactor(groups, lr=0.01, relative_step=False, scale_parameter=False),
     "adafactor_relative": lambda groups: Adafactor(groups, relative_step=True, scale_parameter=True, warmup_init=True),
 }
+OPTIMIZERS["muon"] = lambda groups: MuonAdamW(groups, {"whole": matrices_in(groups)}, lr=0.01)
 STEPS = 3
+
+
+def matrices_in(groups):
+    """All that have two axes."""
+    members = itertools.chain.from_iterable(g["params"] if isinstance(g, dict) else [g] for g in groups)
+    return [parameter for parameter in members if parameter.dim() == 2]
 
 
 def groups_of(model, decay):

@@ -7,7 +7,8 @@
     python -m recipes.measure.bench quality --processes 4    held-out loss at equal samples, each at its best rate
     python -m recipes.measure.bench gpu --device cuda        one GPU: speed and memory by Trainer; workers that share it
 
-Prints a Markdown table and writes the figures as JSON into `--folder`. `quality` goes on where it was stopped.
+Prints a Markdown table and writes the figures as JSON into `--folder`. `quality` goes on where it was stopped. With
+`--optim muon` all methods train with Muon.
 """
 
 import json
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--optim", default="adamw_torch_fused", help="of all methods, such as muon")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])

@@ -20,12 +20,14 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def loss(method: str, rate: float, seed: int) -> float:
         key = {"method": method, "learning_rate": rate, "seed": seed, "processes": options.processes}
+        key["optim"] = options.optim
         for result in results:
             if key.items() <= result.items():
                 return result["eval_loss"]
         with tempfile.TemporaryDirectory() as folder:
             arguments = [f"--trainer={method}", f"--learning_rate={rate}", f"--seed={seed}", f"--output_dir={folder}"]
-            arguments += ["--eval_strategy=no", "--disable_tqdm=True", *options.recipe_arguments]
+            arguments += ["--eval_strategy=no", "--disable_tqdm=True", f"--optim={options.optim}"]
+            arguments += options.recipe_arguments
             launch(RECIPE, options.processes, arguments)
             result = json.loads((Path(folder) / "results.json").read_text())
         kept = {name: result[name] for name in ("eval_loss", "seconds", "tokens_seen", "steps", "parameters")}

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--config_overrides", default="")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--optim", required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", required=True)
     options = parser.parse_args()
@@ -89,6 +90,7 @@ def main() -> None:
                     learning_rate=1e-3,
                     seed=turn,
                     bf16=options.bf16,
+                    optim=options.optim,
                     logging_steps=options.steps,
                     save_strategy="no",
                     report_to="none",

@@ -2,7 +2,7 @@
 
 from transformers import Trainer
 
-from layup_hf import LayupTrainer
+from layup_hf import LayupTrainer, MuonMixin
 from layup_hf.trainer.run import LayupRun
 from layup_hf.trainer.work import WorkSharing
 
@@ -42,4 +42,8 @@ class CountingTrainer(LayupTrainer):
     run_class = CountingRun
 
 
-METHODS = {"layup": LayupTrainer, "ddp": Trainer, "alone": AloneTrainer}
+class StockTrainer(MuonMixin, Trainer):
+    """The stock Trainer, that knows Muon."""
+
+
+METHODS = {"layup": LayupTrainer, "ddp": StockTrainer, "alone": AloneTrainer}

@@ -1,4 +1,4 @@
-"""One process, and DDP: plain, by Nesterov's momentum, and with compressed gradients."""
+"""One process, and DDP: plain, by Nesterov's momentum, with Muon, and with compressed gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from transformers import Trainer, TrainerCallback
 
+from layup_hf import MuonMixin
 from layup_hf.blocks import Block
 from layup_hf.optim.direction import Direction
 
@@ -75,6 +76,15 @@ class LookingAhead(TrainerCallback):
 def ddp_nesterov(setup: Setup) -> Method:
     """DDP, with the same look ahead as LayUp's optimizer has by default."""
     return Method(Trainer, callbacks=(GradientBytes(setup), LookingAhead()))
+
+
+class MuonTrainer(MuonMixin, Trainer):
+    """The stock Trainer, that knows Muon."""
+
+
+def ddp_muon(setup: Setup) -> Method:
+    """DDP with Muon, and AdamW by Nesterov's momentum on what is no matrix of a layer: the optimizer of LayUp's."""
+    return Method(MuonTrainer, {"optim": "muon"}, (GradientBytes(setup), LookingAhead()))
 
 
 def ddp_bf16(setup: Setup) -> Method:

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from transformers import Trainer, TrainerCallback
 
+from layup_hf import MuonMixin
+
 from .method import Method, Setup
 
 
-class LocalTrainer(Trainer):
+class LocalTrainer(MuonMixin, Trainer):
     """The stock Trainer without DDP: every worker for itself, on its shard of the data.
 
     Evaluations must fall on steps after which a callback has made all replicas equal: each worker evaluates its own.
@@ -91,6 +93,11 @@ def localsgd(setup: Setup) -> Method:
     an average, when all replicas are equal.
     """
     return Method(LocalTrainer, LOCAL, (Averaging(setup),))
+
+
+def localsgd_muon(setup: Setup) -> Method:
+    """Local SGD with Muon, whose momentum stays each worker's own."""
+    return Method(LocalTrainer, {**LOCAL, "optim": "muon"}, (Averaging(setup),))
 
 
 def diloco(setup: Setup) -> Method:

@@ -1,15 +1,16 @@
 """The methods that are set side by side.
 
-Every method trains with the Trainer's own AdamW, schedule and clipping, on the same batches per worker and step.
+Every method trains with the Trainer's own AdamW (or with Muon, where its name says so), schedule and clipping, on the
+same batches per worker and step.
 """
 
 from collections.abc import Callable
 
 from layup_hf import LayupTrainer
 
-from .ddp import ddp, ddp_bf16, ddp_nesterov, ddp_powersgd, single
+from .ddp import ddp, ddp_bf16, ddp_muon, ddp_nesterov, ddp_powersgd, single
 from .gossip import AdPsgdTrainer, GoSgdTrainer
-from .local import co2, diloco, localsgd
+from .local import co2, diloco, localsgd, localsgd_muon
 from .method import Method, Setup
 
 PLAIN = {"second_moment": "own", "nesterov": "off"}  # AdamW as the Trainer makes it
@@ -50,18 +51,26 @@ def layup_plain(setup: Setup) -> Method:
     return Method(LayupTrainer, PLAIN)
 
 
+def layup_muon(setup: Setup) -> Method:
+    """LayUp with Muon on the matrices of layers; AdamW, on all else, is as LayUp has it by default."""
+    return Method(LayupTrainer, {"optim": "muon"})
+
+
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "single": single,
     "ddp": ddp,
     "ddp-nesterov": ddp_nesterov,
+    "ddp-muon": ddp_muon,
     "ddp-bf16": ddp_bf16,
     "ddp-powersgd": ddp_powersgd,
     "localsgd": localsgd,
+    "localsgd-muon": localsgd_muon,
     "diloco": diloco,
     "co2": co2,
     "gosgd": gosgd,
     "adpsgd": adpsgd,
     "layup": layup,
+    "layup-muon": layup_muon,
     "layup-arrival": layup_arrival,
     "layup-straight": layup_straight,
     "layup-own": layup_own,

@@ -14,7 +14,9 @@ from launching import ROOT
 from stock import gpt2
 
 from layup_hf.ledger.mixing import UNIT
-from recipes.measure.late_gradients import Replicas, make_replicas
+from layup_hf.optim.matrices import layer_matrices
+from layup_hf.optim.muon import MuonAdamW
+from recipes.measure.late_gradients import Optimizer, Replicas, make_replicas, matrices_of
 
 TASK = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--vocab_size=300", "--learning_rates=1e-2",
         "--seeds=1", "--config_overrides=n_layer=2,n_embd=16,n_head=2", "--warmup=0.25", "--at_once=1"]  # fmt: skip
@@ -62,6 +64,24 @@ def test_the_later_a_block_comes_in_the_model_the_less_late_is_its_gradient():
     assert (whole.read_at, whole.stepped_at) == (0, 1)
 
 
+def test_muon_steps_the_matrices_of_layers_as_the_real_one():
+    """And AdamW, in its first step, all else by about the learning rate."""
+    model = gpt2()
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Optimizer(list(model.parameters()), matrices_of(model, "muon"))
+    real = MuonAdamW(model.parameters(), layer_matrices(model), lr=1.0)
+    for _ in range(2):
+        optimizer.update(gradients)
+        steps = optimizer.step("local", 2, looks_ahead=False)
+        for parameter, gradient, value in zip(model.parameters(), gradients, before, strict=True):
+            parameter.grad = gradient
+            parameter.data.copy_(value)
+        real.step()
+        for parameter, step, value in zip(model.parameters(), steps, before, strict=True):
+            assert torch.allclose(value - step, parameter, rtol=1e-4, atol=1e-5)
+
+
 def measure(name, folder, *options):
     command = [sys.executable, "-m", f"recipes.measure.{name}", *TASK, f"--folder={folder}", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -91,6 +111,16 @@ def test_both_train_the_same(tmp_path):
     assert whole[2] != pytest.approx(losses[2, True], rel=1e-6)  # the last block is read after the other has stepped it
     assert "| LayUp, 2 at once, the model as one block | yes |" in table
     late = both
+
+    table, several = measure(
+        *("late_gradients", tmp_path, "--optimizer", "muon", "--second_moment", "mean", "own"),
+        *("--computing", "0", "2", "--momentum", "nesterov"),
+    )
+    muon = {(run["second_moment"], run["at_once"]): run["loss"] for run in several if run["optimizer"] == "muon"}
+    assert muon.keys() == {("mean", 0), ("mean", 2), ("own", 2)}
+    assert len({*muon.values(), *losses.values()}) == 3 + len(losses)
+    assert "| LayUp, 2 at once, Muon, own second moments | yes |" in table
+    late = several
 
     again, more = measure("late_gradients", tmp_path, "--seeds", "1", "2", "--computing", "0")
     assert more[: len(late)] == late  # what has been made is not made again
