@@ -24,9 +24,10 @@ from typing import Any
 import datasets  # noqa: F401
 import numpy as np
 import peft  # noqa: F401
+import torch
 import torch._dynamo
 import torch.distributed.fsdp
-import torch.distributed.run  # noqa: F401
+import torch.distributed.run
 from accelerate.commands import launch
 from forking import MOST_BYTES, ForkedProcess
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -98,7 +99,8 @@ def become(order: dict[str, Any]) -> None:
     os.environ.update(environment)
     show_in_proc(command, [f"{name}={value}" for name, value in environment.items()])
     tempfile.tempdir = None  # of another TMPDIR
-    np.random.seed()  # Python's own generator does that by itself; torch's begins alike in all processes
+    np.random.seed()  # Python's own generator does that by itself
+    torch.default_generator.seed()
 
 
 def show_in_proc(command: list[str], environment: list[str]) -> None:

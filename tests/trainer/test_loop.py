@@ -17,17 +17,17 @@ from transformers import AutoModelForCausalLM
 COMMON = ["--per_device_train_batch_size=2", "--disable_tqdm=True", "--learning_rate=1e-3"]
 
 
-def work(folder, *cases, workers=2):
+def work(folder, *cases, workers=2, **how):
     """Run cases one after the other in the same processes; the log, and each case's results in the order of ranks."""
     arguments = []
     for number, options in enumerate(cases):
         arguments += [*COMMON, "--save_strategy=no", f"--output_dir={folder}/out{number}", *options, "--then"]
-    started = run("work.py", workers, arguments[:-1], folder, timeout=280)
+    started = run("work.py", workers, arguments[:-1], folder, timeout=280, **how)
     return started.output, list(zip(*started.results(), strict=True))
 
 
-def start(folder, *options, workers=2):
-    return Run("work.py", workers, [*COMMON, *options, f"--output_dir={folder}/out"], folder)
+def start(folder, *options, workers=2, **how):
+    return Run("work.py", workers, [*COMMON, *options, f"--output_dir={folder}/out"], folder, **how)
 
 
 def counts(*batches):
@@ -308,7 +308,8 @@ def checkpoint_of(folder):
 
 @pytest.mark.parametrize("who", ["launcher", "worker"])
 def test_sigterm_leads_to_a_checkpoint_of_all(who, tmp_path):
-    started = start(tmp_path, "--max_steps=5000", "--save_strategy=steps", "--save_steps=4000", "--slow=0.1")
+    options = ["--max_steps=5000", "--save_strategy=steps", "--save_steps=4000", "--slow=0.1"]
+    started = start(tmp_path, *options, forked=who == "worker")
     started.wait_for("is under way", times=2)
     os.kill(started.process.pid if who == "launcher" else started.worker(1).pid, signal.SIGTERM)
     assert started.wait(60) != 0
