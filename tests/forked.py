@@ -29,7 +29,7 @@ import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.run
 from accelerate.commands import launch
-from forking import MOST_BYTES, ForkedProcess
+from forking import MOST_BYTES, ROOM, ForkedProcess
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from transformers import GPT2LMHeadModel, Seq2SeqTrainer  # noqa: F401
 
@@ -89,26 +89,29 @@ class Forker:
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def become(order: dict[str, Any]) -> None:
+def become(command: list[str], environment: dict[str, str], folder: str, is_session: bool = False) -> None:
     """Be what a new process with this command, environment and folder is at its beginning."""
-    if order["is_session"]:
+    if is_session:
         os.setsid()
-    os.chdir(order["folder"])
-    command, environment = order["command"], order["environment"]
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    show_in_proc(command, [f"{name}={value}" for name, value in environment.items()])
+    show_in_proc(command, environment)
     tempfile.tempdir = None  # of another TMPDIR
     np.random.seed()  # Python's own generator does that by itself
     torch.default_generator.seed()
 
 
-def show_in_proc(command: list[str], environment: list[str]) -> None:
+def show_in_proc(command: list[str], environment: dict[str, str]) -> None:
     """Write them where /proc reads `cmdline` and `environ`; whoever looks for a process looks there."""
     begin, end, environment_begin, environment_end = map(int, Path("/proc/self/stat").read_text().split()[-5:-1])
     for place, size, texts in (
         (begin, end - begin, command),
-        (environment_begin, environment_end - environment_begin, environment),
+        (
+            environment_begin,
+            environment_end - environment_begin,
+            [f"{name}={environment[name]}" for name in environment],
+        ),
     ):
         text = "".join(f"{each}\0" for each in texts).encode(errors="surrogateescape")
         assert len(text) < size, "no room for it"
@@ -135,8 +138,10 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    variables = {name: value for name, value in os.environ.items() if value != ROOM}
+    become([sys.executable, __file__], variables, os.getcwd())
     gc.freeze()  # else the first collection of each fork would touch, and so copy, all there is
     order = Forker().serve()
     if order is not None:
-        become(order)
+        become(**order)
         run(order["command"][1:])

@@ -118,6 +118,7 @@ def test_a_fork_is_found_and_ended_as_a_new_process_is(script, tmp_path):
         time.sleep(0.02)
     members = processes_with("LAYUP_TEST_RUN", tmp_path.name)
     assert len(members) == 2
+    assert psutil.Process(process.pid).parent().cmdline()[1].endswith("tests/forked.py")
     for member in members:
         assert [part for part in member.cmdline() if part] == [sys.executable, "-u", str(file), "--option"]
         assert member.environ()["LAYUP_TEST_RESULTS"] == str(tmp_path)
