@@ -1,4 +1,8 @@
-"""Real workers for tests: started by `accelerate launch`, watched, and cleaned up whatever happens."""
+"""Real workers for tests: started by `accelerate launch`, watched, and cleaned up whatever happens.
+
+Launcher and workers are forked from a process that has imported what they need (see `forking.py`), unless a test asks
+for them from scratch, or their imports would find another environment.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ from typing import Any
 
 import psutil
 import pytest
+from forking import PYTHONPATH, ROOT, ForkedProcess, can_fork
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPTS = ROOT / "tests" / "scripts"
 
 
 def environment_of(name: str, folder: Path, temporary: Path) -> dict[str, str]:
@@ -32,7 +36,7 @@ def environment_of(name: str, folder: Path, temporary: Path) -> dict[str, str]:
         "LAYUP_TEST_RUN": name,
         "LAYUP_TEST_RESULTS": str(folder),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": PYTHONPATH,
         "TMPDIR": str(temporary),
     }
 
@@ -49,6 +53,15 @@ def processes_with(variable: str, value: str) -> list[psutil.Process]:
     return found
 
 
+def start_process(
+    command: Sequence[str], environment: dict[str, str], log: Path, forked: bool
+) -> subprocess.Popen | ForkedProcess:
+    """In a session of its own, forked if that is wished and possible; it writes into the log."""
+    start = ForkedProcess if forked and can_fork(command, environment) else subprocess.Popen
+    with log.open("w") as file:
+        return start(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
 class Run:
     """One `accelerate launch` with a port, a temporary folder and a name of its own.
 
@@ -58,10 +71,17 @@ class Run:
         arguments: For the script.
         folder: Empty folder for the log, the results and temporary files.
         prefix: Command that runs the launcher, such as one that changes its surroundings first.
+        forked: Whether launcher and workers may be forked; if not, they are started from scratch, as any launch is.
     """
 
     def __init__(
-        self, script: str | Path, processes: int, arguments: list[str], folder: Path, prefix: Sequence[str] = ()
+        self,
+        script: str | Path,
+        processes: int,
+        arguments: list[str],
+        folder: Path,
+        prefix: Sequence[str] = (),
+        forked: bool = True,
     ) -> None:
         self.name = uuid.uuid4().hex
         self.folder = folder
@@ -71,10 +91,7 @@ class Run:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
         launcher += ["--multi_gpu"] if processes > 1 else []
         command = [*prefix, *launcher, f"--num_processes={processes}", str(SCRIPTS / script), *arguments]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self.process = start_process(command, environment, self.log, forked)
 
     @property
     def output(self) -> str:
@@ -135,6 +152,7 @@ class Launches:
         arguments: For the script.
         folder: Empty folder for the logs, the results, the model and temporary files.
         environment: Further variables of all workers.
+        forked: Whether launchers and workers may be forked; if not, they are started from scratch, as any launch is.
     """
 
     def __init__(
@@ -144,10 +162,12 @@ class Launches:
         arguments: Sequence[str],
         folder: Path,
         environment: dict[str, str] | None = None,
+        forked: bool = True,
     ) -> None:
         self.name = uuid.uuid4().hex
         self.folder = folder
-        self.launchers: dict[str, subprocess.Popen] = {}
+        self.launchers: dict[str, subprocess.Popen | ForkedProcess] = {}
+        self._forked = forked
         self._script, self._workers = str(SCRIPTS / script), workers
         self._arguments = [*arguments, f"--output_dir={folder / 'model'}"]
         self._temporary = Path(tempfile.mkdtemp(prefix="layup-"))
@@ -170,14 +190,9 @@ class Launches:
         self, name: str, options: list[str], arguments: list[str], environment: dict[str, str] | None = None
     ) -> None:
         launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        with self.log(name).open("w") as log:
-            self.launchers[name] = subprocess.Popen(
-                [*launcher, *options, self._script, *self._arguments, *arguments],
-                env={**self._environment, **(environment or {}), "LAYUP_TEST_LAUNCH": name},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        command = [*launcher, *options, self._script, *self._arguments, *arguments]
+        environment = {**self._environment, **(environment or {}), "LAYUP_TEST_LAUNCH": name}
+        self.launchers[name] = start_process(command, environment, self.log(name), self._forked)
 
     def log(self, name: str) -> Path:
         return self.folder / f"log-{name}.txt"

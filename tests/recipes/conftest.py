@@ -27,11 +27,10 @@ def text_file(tmp_path, sources) -> Path:
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache for everything the recipe and `datasets` keep in the course of one test."""
+    """An empty cache for everything the recipe and `datasets` keep in the course of one test, in this process."""
     import datasets.config
     from huggingface_hub import constants
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
     return tmp_path / "cache"

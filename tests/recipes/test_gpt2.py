@@ -89,7 +89,7 @@ def test_two_workers_train_a_model_that_loads(hub_cache, tmp_path, text_file, tr
     folder = tmp_path / "output"
     given = ["--trainer", trainer, "--max_steps", "5", "--output_dir", str(folder), "--train_file", str(text_file)]
     given += ["--straggler", "rank=1,compute=0.3"]
-    output = run(RECIPE, 2, [*given, *TINY], tmp_path, timeout=100).output
+    output = run(RECIPE, 2, [*given, *TINY], tmp_path, timeout=100, forked=trainer == "ddp").output
 
     assert output.count("2 worker(s) on") == 1
     assert "Held-out loss" in output

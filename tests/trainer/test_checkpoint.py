@@ -336,7 +336,8 @@ def test_what_another_number_of_workers_means_is_said(chain):
 def test_each_worker_goes_on_with_its_own_optimizer_state(tmp_path):
     options = ["--max_steps=8", "--save_strategy=steps", "--save_steps=4"]
     checkpoint = tmp_path / "out0" / "checkpoint-4"
-    _, (_, results) = work(tmp_path, options, [*options, f"--resume_from_checkpoint={checkpoint}"])
+    resuming = [*options, f"--resume_from_checkpoint={checkpoint}"]
+    _, (_, results) = work(tmp_path, options, resuming, forked=False)
     assert_complete(checkpoint, workers=2)
     for result, name in zip(results, ["optimizer.pt", "optimizer_1.pt"], strict=True):
         states = torch.load(checkpoint / name)["state"].values()

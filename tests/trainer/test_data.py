@@ -25,7 +25,7 @@ SEED = "Pass `seed=` to `shuffle()` and `interleave_datasets()`"
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    results = run("data.py", 2, [str(folder / "out"), *CASES], folder, timeout=400).results()
+    results = run("data.py", 2, [str(folder / "out"), *CASES], folder, timeout=400, forked=False).results()
     assert len(results) == 2
     return {case: [result[case] for result in results] for case in CASES}
 

@@ -71,7 +71,7 @@ def assert_steps_add_up(job, few, steps=STEPS):
 def returning(tmp_path_factory):
     """One of three is killed and restarted by its launcher, one killed and launched again; a fourth joins."""
     secret = {"LAYUP_TOKEN": "secret"}
-    with launches(tmp_path_factory.mktemp("returning"), environment=secret) as job:
+    with launches(tmp_path_factory.mktemp("returning"), environment=secret, forked=False) as job:
         for rank in range(WORKERS):
             job.start(rank, restarts=1 if rank == 2 else 0)
         job.wait_for("made a step", times=3 * WORKERS)

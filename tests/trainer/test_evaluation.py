@@ -42,7 +42,7 @@ LEFT = {2: {"last": [10], "second": [4]}, 4: {"last": [8, 10], "second": [4, 8]}
 @pytest.fixture(scope="module", params=OTHERS, ids=lambda workers: f"{workers} workers")
 def workers(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
-    return run("evaluation.py", request.param, [*OPTIONS, *OTHERS[request.param]], folder)
+    return run("evaluation.py", request.param, [*OPTIONS, *OTHERS[request.param]], folder, forked=request.param > 2)
 
 
 def loss_of(model, folder, rows):

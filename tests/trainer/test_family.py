@@ -31,7 +31,7 @@ TRL_CASES = ["packed", "padding_free", "chat", "adapters", "dpo", "reward", "kto
 
 def launch(workers, folder, *cases):
     """Run these cases; each one's results in the order of ranks."""
-    results = run("family.py", workers, [str(folder / "out"), *cases], folder).results()
+    results = run("family.py", workers, [str(folder / "out"), *cases], folder, forked=workers > 2).results()
     assert len(results) == workers
     return {case: [result[case] for result in results] for case in cases}
 

@@ -82,7 +82,8 @@ def test_accumulation_checkpointing_and_bf16_together(workers, tmp_path):
         "--peers_per_step=1",
         "--logging_steps=4",
     ]
-    ended = run("train.py", workers, [*COMMON, *options, f"--output_dir={tmp_path}/out"], tmp_path)
+    arguments = [*COMMON, *options, f"--output_dir={tmp_path}/out"]
+    ended = run("train.py", workers, arguments, tmp_path, forked=workers > 2)
     assert ended.output.count("the process group is destroyed at exit") == workers
     for result in ended.results():
         assert result["same_at_end"]
