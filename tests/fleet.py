@@ -25,8 +25,8 @@ LOOPBACK = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 class FirstPeers(PeerSampler):
     """Chooses as the reference does: the first peers, `count` of them."""
 
-    def sample(self, eligible: Sequence[int]) -> Sequence[int]:
-        return eligible[: self.count]
+    def sample(self, eligible: Sequence[int], count: int | None = None) -> Sequence[int]:
+        return eligible[: self.count if count is None else count]
 
 
 def gather_between_threads(world_size: int) -> Callable[[int], Callable[[Any], list[Any]]]:

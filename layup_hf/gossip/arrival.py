@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..blocks import Block
+from ..device import Mark
 from .engine import GossipEngine
 
 _LEAST_SLEEP = 0.001  # seconds between two looks at what has been offered
@@ -39,9 +40,10 @@ class ArrivalEngine(GossipEngine):
 
     def __init__(self, blocks: Sequence[Block], *args: Any, may_exchange: Callable[[], bool], **engine: Any) -> None:
         super().__init__(blocks, *args, **engine)
+        self._latest: Mark | None = None  # of the last merge
         self.mine = [[tensor.data for tensor in tensors] for tensors in self.mine]
         self._may_exchange = may_exchange
-        self._locks = [threading.Lock() for _ in self.mine]
+        self._locks = [threading.RLock() for _ in self.mine]
         self._may_merge, self._ends = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         device = self.mine[0][0].device
@@ -58,6 +60,7 @@ class ArrivalEngine(GossipEngine):
         """
         if self._failure is not None:
             raise RuntimeError(f"Merging has failed: {self._failure}") from self._failure
+        self.announce()
 
     def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Keep the thread off the block; at most one merge of it is waited for."""
@@ -85,12 +88,14 @@ class ArrivalEngine(GossipEngine):
 
     def resume(self) -> None:
         """Merge from here on."""
+        super().resume()
         self._may_merge.set()
 
     def pause(self) -> None:
         """Merge no more until `resume`; returns when the last merge has ended."""
         self._may_merge.clear()
         with self._holding_all():
+            super().pause()
             if self._stream is not None:
                 torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
@@ -118,12 +123,22 @@ class ArrivalEngine(GossipEngine):
         except BaseException as error:  # the training thread raises it
             self._failure = error
 
+    def _announce(self, index: int, offers: int) -> None:
+        with self._locks[index]:  # a merge changes the mass, too
+            super()._announce(index, offers)
+
     def _look(self) -> None:
+        """Merge what is offered and here, but not more than the device has room for: the training stream waits for all
+        that is queued before what it needs.
+        """
         for index in self.ledger.waiting():
+            if self._latest is not None and not self._latest.is_done():
+                return
             with self._holding(index):
                 if not self._may_merge.is_set() or self._ends.is_set():
                     return
                 self.take_offers(index)
+                self._latest = self._queues.mark()
 
 
 class _Turns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from ..fleet.data import travels
 from ..fleet.talk import Talk
 from ..ledger import Account, Ledger, effective_masses
 from ..ledger.mixing import UNIT
+
+PIECE = 2**25
+"""Numbers that are reduced at a time. 128 MiB in fp32: enough for a link, and five times as much beside the model."""
 
 travels(Account)
 
@@ -53,8 +56,8 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, talk: Talk, 
     """Replace every worker's model by the mass-weighted mean of all, block by block. Collective.
 
     The mean counts each worker with its effective mass, so offers that were not yet taken are not lost; they are
-    settled and every worker starts again with one `UNIT`. Needs memory for a few copies of one block, not for a second
-    model.
+    settled and every worker starts again with one `UNIT`. Needs memory for a few copies of `PIECE` numbers, not of a
+    block or the model.
 
     Args:
         blocks: The model's blocks.
@@ -77,11 +80,12 @@ def reach_consensus(blocks: Sequence[Block], ledger: Ledger | None, talk: Talk, 
 
     squares = torch.zeros(2, dtype=torch.float64)  # |x - mean|^2 and |mean|^2
     for block in blocks:
-        tensors = block.tensors
-        own = _flatten(tensors)
-        mean = reduce(own * (int(masses[talk.rank, block.index]) / int(totals[block.index])), "sum")
-        squares += torch.stack([(own - mean).square().sum(), mean.square().sum()]).double().cpu()
-        _assign(tensors, mean)
+        share = int(masses[talk.rank, block.index]) / int(totals[block.index])
+        for tensors in _pieces(block.tensors):
+            own = _flatten(tensors)
+            mean = reduce(own * share, "sum")
+            squares += torch.stack([(own - mean).square().sum(), mean.square().sum()]).double().cpu()
+            _assign(tensors, mean)
     deviations = sum(talk.gather(squares[0].item()))
     if ledger is not None:
         ledger.settle(accounts)  # after the last collective: who has to begin again, as a worker is gone, can
@@ -117,6 +121,23 @@ def _masses(reports: list[tuple[int, Account | None] | None], accounts: dict[int
         )
     columns = dict(zip(ranks, held.T.tolist(), strict=True))
     return torch.tensor([[0] * num_blocks if report is None else columns[report[0]] for report in reports])
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The same memory, of at most `PIECE` numbers at a time but for tensors that are not contiguous; small ones go
+    together, as each piece is a collective.
+    """
+    group: list[Tensor] = []
+    room = PIECE
+    for tensor in map(_as_real, tensors):
+        for part in tensor.view(-1).split(PIECE) if tensor.is_contiguous() and tensor.numel() else [tensor]:
+            if group and part.numel() > room:
+                yield group
+                group, room = [], PIECE
+            group.append(part)
+            room -= part.numel()
+    if group:
+        yield group
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from ..blocks import Block
+from ..device import Mark, Queues, queues_of
 from ..ledger.counts import percentile
 from ..ledger.mixing import UNIT, merge_weight, share
 from ..windows.base import PeerWindows
+from .budget import ReadBudget
+from .merging import Merger
 from .topology import PeerSampler
 
 
@@ -28,6 +33,8 @@ class GossipEngine:
         offer_every: A block is offered after every so many own steps of it.
         is_free: Whether the block with this index may be written now: then what has come of it in the background is
             merged at the next moment that this engine has; else it waits for the block's own boundary.
+        budget: Decides how many offers of a block are made; None: as many as the sampler draws.
+        queues: Of the device that the blocks are on; for tests.
 
     Attributes:
         ledger: Of the windows.
@@ -44,14 +51,20 @@ class GossipEngine:
         *,
         offer_every: int = 1,
         is_free: Callable[[int], bool] = lambda index: False,
+        budget: ReadBudget | None = None,
+        queues: Queues | None = None,
     ) -> None:
         self._windows = windows
         self.ledger = windows.ledger
         self._sampler = sampler
         self._offer_every = offer_every
         self._is_free = is_free
+        self._budget = budget
         self._blocks = list(blocks)
         self.mine = [block.tensors for block in blocks]
+        self._queues = queues or queues_of(self.mine[0][0].device)
+        self._merger = Merger(windows.ledger.rank)
+        self._unannounced: deque[tuple[int, int, Mark]] = deque()  # block, offers, and when the device has stepped it
         self._steps = [0] * len(self._blocks)
         self._bytes = [block.num_bytes for block in blocks]
         self.staleness: Counter[int] = Counter()
@@ -65,25 +78,39 @@ class GossipEngine:
         Whatever else has come in the background is merged, too, if its block is free: it need not wait, and keep room
         from other blocks, until its turn comes.
         """
+        self.announce()
         self.take_offers(block.index)
-        for index in self._windows.arrived():
+        for index in self._windows.arrived(self._is_free):
             if self._is_free(index):
                 self.take_offers(index)
 
     def take_offers(self, index: int) -> None:
         """Merge all that is offered and here of the block with this index, which must be free to be written."""
         ledger = self.ledger
-        for peer, units in ledger.pending(index):
+        offers = ledger.pending(index)
+        if not offers:
+            return
+        own, untaken = ledger.own(index), ledger.untaken(index)
+        begin = self._queues.mark() if self._budget is not None else None
+        taken: list[tuple[int, int]] = []
+        peers: list[tuple[Sequence[Tensor], float]] = []
+        for peer, units in offers:
             theirs = self._windows.read(peer, index)
-            if theirs is None:
-                continue
-            weight = self.weight(units, ledger.own(index), ledger.untaken(index))
-            torch._foreach_lerp_(self.mine[index], theirs, weight)
+            if theirs is not None:
+                peers.append((theirs, self.weight(units, own, untaken)))
+                taken.append((peer, units))
+                own += units
+        if not taken:
+            return
+        self._merger.merge(self.mine[index], peers)
+        for peer, units in taken:
             ledger.take(index, peer, units)
             self._windows.release(peer, index)
             self.staleness[ledger.staleness(index, peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
+        if self._budget is not None and begin is not None:
+            self._budget.note_merge(index, len(taken), begin, self._queues.mark())
 
     def units(self, own: int, receivers: int) -> int:
         """Mass that each of so many peers is offered, in units: see `share`."""
@@ -94,20 +121,39 @@ class GossipEngine:
         return merge_weight(units, own, untaken)
 
     def offer(self, block: Block) -> None:
-        """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none."""
-        ledger, index = self.ledger, block.index
-        ledger.count_step(index)
+        """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none.
+
+        On a GPU the step has only been queued: peers are told of it, and of the offer, when it has been made.
+        """
+        index = block.index
         self._steps[index] += 1
-        if self._steps[index] % self._offer_every:
+        offers = 0
+        if self._steps[index] % self._offer_every == 0:
+            offers = self._sampler.count if self._budget is None else self._budget.due(index)
+        made = self._windows.publish(index) if offers else self._queues.mark()
+        self._unannounced.append((index, offers, made))
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell peers of the steps that the device has made by now. Never waits for it."""
+        while self._unannounced and self._unannounced[0][2].is_done():
+            index, offers, _ = self._unannounced.popleft()
+            self._announce(index, offers)
+
+    def _announce(self, index: int, offers: int) -> None:
+        """Count a step of a block, and offer the block to so many peers."""
+        ledger = self.ledger
+        ledger.count_step(index)
+        if not offers:
             return
-        peers = self._sampler.sample(ledger.eligible(index))
+        peers = self._sampler.sample(ledger.eligible(index), offers)
         units = self.units(ledger.own(index), len(peers)) if peers else 0
         if units:
             for peer in peers:
                 ledger.offer(index, peer, units)
         offered = len(peers) if units else 0
         self.counts["offers"] += offered
-        self.counts["skipped_offers"] += self._sampler.count - offered
+        self.counts["skipped_offers"] += offers - offered
 
     def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """While the block is stepped and offered. Here nothing else writes it."""
@@ -115,9 +161,16 @@ class GossipEngine:
 
     def resume(self) -> None:
         """A step begins. Here merging needs no leave."""
+        if self._budget is not None:
+            self._budget.begin_step(time.perf_counter())
 
     def pause(self) -> None:
-        """The workers meet, and no block is to change but by them all. Here nothing else changes it."""
+        """The workers meet, and no block is to change but by them all. Here nothing else changes it; what has not been
+        offered yet need not be.
+        """
+        for index, _, _ in self._unannounced:
+            self.ledger.count_step(index)
+        self._unannounced.clear()
 
     def close(self) -> None:
         """Nothing is exchanged any more; before the windows are closed. Idempotent."""
@@ -128,6 +181,8 @@ class GossipEngine:
             self.ledger.exclude(peer)
             self._windows.exclude(peer)
             self._sampler.exclude(peer)
+            if self._budget is not None:
+                self._budget.most = self._sampler.count
 
     def require_same_memory(self) -> None:
         """Make sure that the model still lives where the peers read it.
@@ -151,6 +206,8 @@ class GossipEngine:
         masses = self.ledger.masses() / UNIT
         figures = {f"layup/{name}": float(count) for name, count in self.counts.items()}
         figures.update(self._windows.figures())
+        if self._budget is not None:
+            figures["layup/peers_per_step"] = round(self._budget.peers, 3)
         figures["layup/mass_min"] = float(masses.min())
         figures["layup/mass_max"] = float(masses.max())
         if recent := self.staleness - self._logged_staleness:

@@ -33,6 +33,7 @@ class _Part:
         steps: Own steps since this was opened.
         covered: Those of them that the running mean is of.
         lengths: By what steps are longer; one number for each row. None before the first measurement.
+        peer: With whom it is being compared.
     """
 
     first: list[Tensor]
@@ -43,6 +44,7 @@ class _Part:
     steps: int = 0
     covered: int = 0
     lengths: list[Tensor] | None = None
+    peer: int | None = None
 
 
 class MeanMoments:
@@ -96,6 +98,7 @@ class MeanMoments:
         gather: Gather,
         *,
         seed: int = 0,
+        may_end: bool = False,
     ) -> MeanMoments | None:
         """Let the peers see this worker's first moments, and see theirs. Collective among the workers of all hosts.
 
@@ -108,6 +111,7 @@ class MeanMoments:
             peers: The other workers on this host.
             gather: Collects one object from every worker.
             seed: Of the run.
+            may_end: Whether workers may end while others go on: see `SharedWindows.open`.
 
         Returns:
             None where some worker's optimizer is of another kind, or a model has complex parameters: the square of
@@ -129,7 +133,7 @@ class MeanMoments:
             noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
             parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, members[block][0]), noise)
             shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
-        windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank])
+        windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank], may_end=may_end, slots=1)
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         return cls(parts, windows, peers, (beta1, beta2), f"{seed}/{rank}")
 
@@ -144,7 +148,7 @@ class MeanMoments:
         if part is None or not self._peers:
             return None
         is_turn = part.steps < MEASURED_AT_FIRST or (part.steps + block.index) % MEASURE_EVERY == 0
-        if part.age and is_turn:
+        if part.age and (is_turn or part.peer is not None):
             self._measure(part)
         part.age += 1
         part.steps += 1
@@ -152,13 +156,20 @@ class MeanMoments:
 
     @torch.no_grad()
     def _measure(self, part: _Part) -> None:
-        """Compare with a peer. Nothing waits for the device."""
+        """Compare with a peer, as soon as its moments are here. Nothing waits for the device."""
         beta1, beta2 = self._betas
+        if part.peer not in self._peers:
+            part.peer = self._random.choice(self._peers)
+            self._windows.publish(part.theirs)
+        theirs = self._windows.read(part.peer, part.theirs)
+        if theirs is None:  # asked for again in the next step
+            return
         new = max(part.steps - part.covered, 1)
         part.covered += new
         weight, seen = 1 - beta2**new, 1 - beta2**part.covered
-        theirs = self._windows.read(self._random.choice(self._peers), part.theirs)
         torch._foreach_lerp_(part.noise, noise_between(part.first, theirs, beta1, part.age), weight)
+        self._windows.release(part.peer, part.theirs)
+        part.peer = None
         share = len(self._peers) / (len(self._peers) + 1)
         rows = [by_row(second) for second in part.second]
         torch._foreach_div_(rows, 1 - beta2**part.age)

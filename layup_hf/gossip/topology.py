@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 AUTO_PEERS = 7
-"""With `peers_per_step` unset, a worker offers to all its neighbours up to this many."""
+"""With `peers_per_step` unset, a worker offers to no more of its neighbours than this, however cheap it is."""
 
 
 def neighbours(rank: int, world_size: int, remote: Iterable[int] = ()) -> set[int]:
@@ -36,12 +36,12 @@ class PeerSampler:
     Args:
         rank: This worker.
         world_size: Number of workers.
-        peers_per_step: Offers per block and step; None for all neighbours up to `AUTO_PEERS`.
+        peers_per_step: Offers per block and step; None for all neighbours up to `AUTO_PEERS`: see `ReadBudget`.
         seed: Seed of the run.
         remote: Peers on other hosts: see `neighbours`.
 
     Attributes:
-        count: Offers per block and step, as far as there are neighbours.
+        count: Most offers per block and step, as far as there are neighbours.
     """
 
     def __init__(
@@ -61,9 +61,15 @@ class PeerSampler:
         self._neighbours.discard(peer)
         self.count = min(self.count, len(self._neighbours))
 
-    def sample(self, eligible: Sequence[int]) -> Sequence[int]:
-        """Up to `count` of those of the `eligible` peers that are neighbours; fewer where there are not as many."""
+    def sample(self, eligible: Sequence[int], count: int | None = None) -> Sequence[int]:
+        """Up to `count` of those of the `eligible` peers that are neighbours; fewer where there are not as many.
+
+        Args:
+            eligible: Who has taken the last offer.
+            count: None for as many as in every step.
+        """
+        count = self.count if count is None else count
         eligible = [peer for peer in eligible if peer in self._neighbours]
-        if len(eligible) <= self.count:
+        if len(eligible) <= count:
             return eligible
-        return self._random.sample(eligible, self.count)
+        return self._random.sample(eligible, count)

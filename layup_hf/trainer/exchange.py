@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..blocks import Block
 from ..gossip.arrival import ArrivalEngine
+from ..gossip.budget import ReadBudget
 from ..gossip.engine import GossipEngine
 from ..gossip.moments import MeanMoments
 from ..gossip.topology import PeerSampler
@@ -50,6 +51,11 @@ class Exchange:
             raise RuntimeError("Nothing is exchanged before training begins, nor by one worker.")
         return self._ledger
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether workers may end while others go on; one launcher ends all."""
+        return self._members.membership is not None
+
     def open(self) -> None:
         """Open windows to the present workers, and begin to count anew. Collective."""
         host, options, blocks = self._host, self._host.options, self._model.blocks
@@ -61,6 +67,7 @@ class Exchange:
             token=self._members.token,
             job=self._members.job_name[:8] + self._members.era.to_bytes(8, "big"),
             wire_dtype=options.wire_dtype,
+            may_end=self._may_end,
         )
         for callback in host.callbacks.callbacks:
             if isinstance(callback, StragglerCallback):
@@ -73,8 +80,9 @@ class Exchange:
         by_mean = self.moments is not None and self.moments.has_peers
         self.masses = (1.0,) * host.world_size
         self._state.note(peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean)
+        offers = str(sampler.count) if options.peers_per_step else f"up to {sampler.count}"
         logger.info(
-            f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {sampler.count} offers a step; the "
+            f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {offers} offers a step; the "
             f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
         )
 
@@ -90,7 +98,13 @@ class Exchange:
         near = [peer for peer in range(host.world_size) if peer not in (host.rank, *ledger.remote)]
         optimizer, seed = self._model.optimizer.inner, host.args.seed
         self.moments = MeanMoments.open(
-            self._model.blocks, optimizer, host.rank, near, self._members.talk.gather, seed=seed
+            self._model.blocks,
+            optimizer,
+            host.rank,
+            near,
+            self._members.talk.gather,
+            seed=seed,
+            may_end=self._may_end,
         )
         if self.moments is None and wanted == "mean":
             raise ValueError(
@@ -105,11 +119,13 @@ class Exchange:
     def make_engine(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""
         options = self._host.options
+        budget = None if options.peers_per_step else ReadBudget(len(blocks), sampler.count)
+        common: dict[str, Any] = {"offer_every": options.offer_every, "budget": budget}
         if options.merge_at == "arrival":
             may_exchange = self._members.may_exchange
-            return ArrivalEngine(blocks, windows, sampler, offer_every=options.offer_every, may_exchange=may_exchange)
+            return ArrivalEngine(blocks, windows, sampler, may_exchange=may_exchange, **common)
         is_free = self._model.is_free if options.merge_at == "boundary" else lambda index: False
-        return GossipEngine(blocks, windows, sampler, offer_every=options.offer_every, is_free=is_free)
+        return GossipEngine(blocks, windows, sampler, is_free=is_free, **common)
 
     def close(self) -> None:
         """Exchange nothing more. Idempotent."""

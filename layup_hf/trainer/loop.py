@@ -224,7 +224,7 @@ class TrainingLoop:
         """One own step: what the Trainer does for one, without the parts that go by the clock."""
         host, args, accelerator = self._host, self._host.args, self._host.accelerator
         self._exchange.resume()
-        if accelerator.non_blocking:
+        if accelerator.non_blocking or args.device.type == "cuda":  # else each batch waits until the device is idle
             update = (send_to_device(batch, args.device, non_blocking=True) for batch in update)
         batches, num_items = host.batches_of(update)
         host.accumulation = len(batches)

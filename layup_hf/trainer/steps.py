@@ -14,6 +14,7 @@ from ..blocks import Block
 from ..blocks.bias import GradientBias
 from ..blocks.hooks import BlockHooks
 from ..blocks.uses import UseWatch, explain, is_compiled
+from ..device import StepsAhead, queues_of
 from ..gossip.engine import GossipEngine
 from ..optim.adam import is_plain_adam
 from ..optim.clipping import BlockClipper
@@ -56,6 +57,7 @@ class BlockSteps:
         self._hooks: BlockHooks | None = None
         self._clips_exactly = False
         self._watch: UseWatch | None = None  # of the first step
+        self._ahead: StepsAhead | None = None
         self.clipper: BlockClipper | None = None
         self.direction: Direction | None = None
         self.bias: GradientBias | None = None
@@ -109,6 +111,7 @@ class BlockSteps:
         self._state.note(looks_ahead=looks_ahead)
         bias_every = host.options.bias_every
         self.bias = GradientBias(host.model, bias_every) if bias_every else None
+        self._ahead = StepsAhead(queues_of(device))
         take_block = self._taking(self.clipper if clips else None)
         accelerator, has_compiled_code = host.accelerator, is_compiled(host.model)
         self._hooks = BlockHooks(
@@ -214,7 +217,7 @@ class BlockSteps:
     def stop(self) -> None:
         """Leave the optimizer and the model as they were. Idempotent."""
         self._model.uninstall()
-        self._hooks = self._watch = None
+        self._hooks = self._watch = self._ahead = None
 
     # ---- What the Trainer asks for in a step ----
 
@@ -229,6 +232,8 @@ class BlockSteps:
         bias, hooks, host = self.bias, self._hooks, self._host
         if hooks is None:
             return stock()
+        if self._ahead is not None:
+            self._ahead.begin_step()
         hooks.begin_backward()
         if host.generates:
             hooks.begin_use()  # so that completions are drawn from the weights that learn from them

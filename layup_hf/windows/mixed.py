@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ..blocks import Block
+from ..device import Mark
 from . import opening
 from .base import Gather, PeerWindows
 from .nixl import NixlWindows
@@ -29,7 +30,6 @@ class MixedWindows:
         self.ledger = distant.ledger
         self.shared, self.distant = shared, distant
         self._local = frozenset(local)
-        self.arrived = distant.arrived
         self.figures = distant.figures
 
     def _of(self, peer: int) -> SharedWindows | NixlWindows:
@@ -42,6 +42,14 @@ class MixedWindows:
     def release(self, peer: int, block: int) -> None:
         """The block has been merged."""
         self._of(peer).release(peer, block)
+
+    def arrived(self, is_free: Callable[[int], bool]) -> Sequence[int]:
+        """What has come from this host or from others."""
+        return [*self.shared.arrived(is_free), *self.distant.arrived(is_free)]
+
+    def publish(self, block: int) -> Mark:
+        """To those on this host; peers on others ask when they have been told."""
+        return self.shared.publish(block)
 
     def exclude(self, peer: int) -> None:
         """Have no more to do with a peer. Idempotent."""
@@ -62,6 +70,7 @@ def open_windows(
     token: bytes,
     job: bytes,
     wire_dtype: str = "fp32",
+    may_end: bool = False,
 ) -> PeerWindows:
     """Open the windows that `kind` asks for. Collective: every worker returns, or every worker raises.
 
@@ -74,6 +83,7 @@ def open_windows(
         token: The job's secret.
         job: Names the job and the era, differently each time that windows are opened.
         wire_dtype: What blocks are sent over the network as: "fp32" or "bf16".
+        may_end: Whether workers may end while others go on: see `SharedWindows.open`.
 
     Raises:
         ValueError: With `shared`, the workers are on several hosts; where the network is needed, NIXL is not installed
@@ -83,19 +93,19 @@ def open_windows(
     if kind not in ("auto", "shared", "nixl"):
         raise ValueError(f"windows={kind!r} is unknown: use 'auto', 'shared' or 'nixl'.")
     if kind == "shared":
-        return SharedWindows.open(blocks, rank, gather)
+        return SharedWindows.open(blocks, rank, gather, may_end=may_end)
     answers: list[tuple[str, bool]] = gather((opening.host(), importlib.util.find_spec("nixl") is not None))
     hosts = [name for name, _ in answers]
     local = [other for other, name in enumerate(hosts) if name == hosts[rank]] if kind == "auto" else [rank]
     if len(set(hosts)) == 1 and kind == "auto":
-        return SharedWindows.open(blocks, rank, gather)
+        return SharedWindows.open(blocks, rank, gather, may_end=may_end)
     if missing := sorted({name for name, is_there in answers if not is_there}):
         raise ValueError(
             "Workers on several hosts exchange blocks through NIXL, which is not installed on "
             f"{'; '.join(missing)}: pip install 'layup_hf[nixl]'."
         )
     peers = [other for other in range(len(hosts)) if other not in local]
-    shared = SharedWindows.open(blocks, rank, gather, among=local)
+    shared = SharedWindows.open(blocks, rank, gather, among=local, may_end=may_end)
     try:
         distant = NixlWindows.open(
             blocks, rank, gather, shared.ledger, peers=peers, token=token, job=job, wire_dtype=wire_dtype

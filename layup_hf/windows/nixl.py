@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..blocks import Block
+from ..device import Mark, queues_of
 from ..fleet.data import travels
 from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
 from .base import Gather
 from .courier import Courier
+from .layout import Layout
 from .opening import Specification, require_one_model, specification, together
 from .pace import BUDGET, Pace
 from .peers import Peer, Postmark
 from .serving import Serving
-from .staging import Layout, Staging, pack
+from .staging import Staging
 from .transport import Transport
 
 
@@ -56,7 +57,7 @@ class NixlWindows:
     network and the wait for the boundary make it, and a slow network carries as much as it can: a slot that is free
     goes to the block that has not been merged for the longest.
 
-    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` two buffers more.
+    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` a buffer more.
 
     Make it with `NixlWindows.open`.
     """
@@ -67,8 +68,7 @@ class NixlWindows:
         self.ledger = ledger
         self.staging = staging
         self.courier = courier
-        self._layout = layout
-        self._work = _work_buffers(layout) if layout.converts else None
+        self._queues = queues_of(layout.device)
         courier.start()
 
     @classmethod
@@ -144,17 +144,18 @@ class NixlWindows:
         if slot.settled != self.ledger.settled:  # from before a consensus point
             self.staging.release(peer, block)
             return None
-        if self._work is None:
-            return slot.views[block]
-        torch._foreach_copy_(self._work[block], slot.views[block])
-        return self._work[block]
+        return slot.views[block]
 
     def release(self, peer: int, block: int) -> None:
         """The block has been merged."""
         self.staging.release(peer, block)
         self.courier.note_merged(peer, block)
 
-    def arrived(self) -> Sequence[int]:
+    def publish(self, block: int) -> Mark:
+        """Peers are sent the block as it is when they ask."""
+        return self._queues.mark()
+
+    def arrived(self, is_free: Callable[[int], bool]) -> Sequence[int]:
         """Blocks that have come and wait to be merged."""
         ready = self.staging.ready
         return [block for _, block in list(ready)] if ready else ()
@@ -185,17 +186,3 @@ def _require_trust(cards: Sequence[Card], token: bytes, job: bytes) -> None:
             f"Rank {', '.join(map(str, strangers))} did not prove to know the secret of this job. Give all workers the "
             f"same {TOKEN_VARIABLE}."
         )
-
-
-def _work_buffers(layout: Layout) -> list[list[Tensor]]:
-    """For each block, tensors like its own, in one buffer that all blocks share."""
-    blocks = [layout.live(block) for block in range(len(layout.num_bytes))]
-    places = [pack([tensor.nbytes for tensor in tensors]) for tensors in blocks]
-    buffer = torch.empty(max(1, max(end for _, end in places)), dtype=torch.uint8, device=layout.device)
-    return [
-        [
-            buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for tensor, offset in zip(tensors, offsets, strict=True)
-        ]
-        for tensors, (offsets, _) in zip(blocks, places, strict=True)
-    ]

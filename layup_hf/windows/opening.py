@@ -23,6 +23,11 @@ def host() -> str:
     return f"{os.uname().nodename} ({boot}, {spaces})"
 
 
+def process() -> int:
+    """This process, to others in the container."""
+    return os.getpid()
+
+
 def specification(blocks: Sequence[Block]) -> Specification:
     """What this worker's model looks like to the others."""
     return [

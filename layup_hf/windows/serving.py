@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import Layout
 from .peers import Peer
-from .staging import Layout
 from .transport import Transport
 from .wire import Answer, Request
 

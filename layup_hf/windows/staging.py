@@ -4,86 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ..blocks import Block
-from .transport import Pieces, Transport
+from .layout import Layout
+from .transport import Transport
 
 _REST = 10.0  # seconds in which a slot that is doubtful is not used again
-_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-
-
-def pack(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Offsets at which pieces of these sizes lie one after the other, aligned, and where the last one ends; bytes."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-class Layout:
-    """How the tensors of a block lie in a buffer on their way.
-
-    Args:
-        blocks: The model's blocks; contiguous tensors on one device.
-        wire_dtype: "fp32": every tensor as it is; "bf16": tensors in fp32 as bf16.
-
-    Attributes:
-        converts: Whether some tensor is sent in another dtype than it has.
-        size: Bytes of the largest block on its way.
-        device: Where the blocks are.
-    """
-
-    def __init__(self, blocks: Sequence[Block], wire_dtype: str) -> None:
-        self._tensors = [block.tensors for block in blocks]
-        self._places: list[list[tuple[int, torch.dtype]]] = []
-        self.num_bytes: list[int] = []
-        self.size = 1
-        self.device = self._tensors[0][0].device
-        for tensors in self._tensors:
-            as_bf16 = wire_dtype == "bf16"
-            dtypes = [torch.bfloat16 if as_bf16 and t.dtype == torch.float32 else t.dtype for t in tensors]
-            sizes = [t.numel() * dtype.itemsize for t, dtype in zip(tensors, dtypes, strict=True)]
-            offsets, end = pack(sizes)
-            self._places.append(list(zip(offsets, dtypes, strict=True)))
-            self.num_bytes.append(sum(sizes))
-            self.size = max(self.size, end)
-        self.converts = any(
-            tensor.dtype != dtype
-            for tensors, places in zip(self._tensors, self._places, strict=True)
-            for tensor, (_, dtype) in zip(tensors, places, strict=True)
-        )
-
-    def new_buffer(self) -> Tensor:
-        """Bytes for any one block."""
-        return torch.empty(self.size, dtype=torch.uint8, device=self.device)
-
-    def live(self, block: int) -> list[Tensor]:
-        """The block itself."""
-        return self._tensors[block]
-
-    def views(self, buffer: Tensor, block: int) -> list[Tensor]:
-        """The block's tensors, as they are on their way, in a buffer."""
-        return [
-            buffer[offset : offset + tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
-            for tensor, (offset, dtype) in zip(self._tensors[block], self._places[block], strict=True)
-        ]
-
-    def pieces(self, address: int, block: int) -> Pieces:
-        """Where the block's tensors lie in a buffer that begins at `address`."""
-        return [
-            (address + offset, tensor.numel() * dtype.itemsize)
-            for tensor, (offset, dtype) in zip(self._tensors[block], self._places[block], strict=True)
-            if tensor.numel()
-        ]
-
-    def live_pieces(self, block: int) -> Pieces:
-        """Where the block's tensors lie themselves."""
-        return [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors[block] if tensor.numel()]
 
 
 class Slot:

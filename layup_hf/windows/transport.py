@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Pieces = Sequence[tuple[int, int]]
-"""Address and number of bytes of each part of a transfer."""
+from .layout import Pieces
 
 
 class Transport:

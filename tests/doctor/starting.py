@@ -92,7 +92,7 @@ def cannot_map_the_others():
     def fail(self, *, writable):
         raise ValueError(f"Cannot map the memory of worker process {self.process} (Permission denied). ...")
 
-    shared._Segment.map = fail
+    shared.Segment.map = fail
 
 
 def mount(folder, options):

@@ -76,7 +76,8 @@ def test_a_peer_reads_what_has_been_offered(kind, make_fleet):
     for receiver in (0, 1):
         seen = offer_and_read(fleet, 2, receiver, block=1)
         assert [tensor.shape for tensor in seen] == [tensor.shape for tensor in fleet.blocks[0][1].tensors]
-        assert all(tensor.dtype == torch.float32 and bool((tensor == 3).all()) for tensor in seen)
+        assert {tensor.dtype for tensor in seen} == {torch.bfloat16 if kind == "bf16" else torch.float32}
+        assert all(bool((tensor == 3).all()) for tensor in seen)
         fleet.windows[receiver].release(2, 1)
 
 

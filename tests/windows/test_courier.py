@@ -14,10 +14,11 @@ from layup_hf.ledger import REPORT, Ledger
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import wire
 from layup_hf.windows.courier import Courier
+from layup_hf.windows.layout import Layout
 from layup_hf.windows.pace import Pace
 from layup_hf.windows.peers import Peer, Postmark
 from layup_hf.windows.serving import Serving
-from layup_hf.windows.staging import Layout, Staging
+from layup_hf.windows.staging import Staging
 
 TOKEN, JOB, BLOCKS = b"t" * 32, b"j" * 16, 4
 

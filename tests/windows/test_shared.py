@@ -13,6 +13,8 @@ from torch import nn
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.windows import shared
+from layup_hf.windows.memory import HostMemory
+from layup_hf.windows.segment import Segment
 
 
 def model(width=4, dtype=torch.float32):
@@ -132,15 +134,15 @@ def test_too_little_memory_is_an_error_on_every_worker():
 
 def test_a_failure_on_one_worker_is_raised_on_all(monkeypatch):
     before = len(memory_segments())
-    original, calls = shared._share, []
+    original, calls = HostMemory.share, []
 
-    def fail_once(blocks):
-        calls.append(blocks)
+    def fail_once(memory):
+        calls.append(memory)
         if len(calls) == 1:
             raise OSError("no such device")
-        return original(blocks)
+        return original(memory)
 
-    monkeypatch.setattr(shared, "_share", fail_once)
+    monkeypatch.setattr(HostMemory, "share", fail_once)
     errors = open_fleet([split_into_blocks(model()), split_into_blocks(model())])
     assert sorted(type(error).__name__ for error in errors) == ["OSError", "RuntimeError"]
     assert all("no such device" in str(error) for error in errors)
@@ -150,15 +152,15 @@ def test_a_failure_on_one_worker_is_raised_on_all(monkeypatch):
 
 
 def test_a_peer_that_has_gone_gives_a_message():
-    segment = shared._Segment.create(4096)
+    segment = Segment.create(4096)
     segment.release()
     with pytest.raises(ValueError, match="must run as one user in one container"):
         segment.map(writable=False)
 
 
 def test_another_process_under_the_same_number_is_noticed():
-    segment = shared._Segment.create(4096)
-    other = shared._Segment(segment.process, segment.descriptor, segment.inode + 1, 4096)
+    segment = Segment.create(4096)
+    other = Segment(segment.process, segment.descriptor, segment.inode + 1, 4096)
     with pytest.raises(ValueError, match="is not the worker it should be"):
         other.map(writable=False)
     segment.release()
