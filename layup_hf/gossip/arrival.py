@@ -123,9 +123,9 @@ class ArrivalEngine(GossipEngine):
         except BaseException as error:  # the training thread raises it
             self._failure = error
 
-    def _announce(self, index: int, offers: int) -> None:
+    def announce_step(self, index: int, offers: int) -> None:
         with self._locks[index]:  # a merge changes the mass, too
-            super()._announce(index, offers)
+            super().announce_step(index, offers)
 
     def _look(self) -> None:
         """Merge what is offered and here, but not more than the device has room for: the training stream waits for all
@@ -138,7 +138,7 @@ class ArrivalEngine(GossipEngine):
                 if not self._may_merge.is_set() or self._ends.is_set():
                     return
                 self.take_offers(index)
-                self._latest = self._queues.mark()
+                self._latest = self.queues.mark()
 
 
 class _Turns:

@@ -39,6 +39,7 @@ class GossipEngine:
     Attributes:
         ledger: Of the windows.
         mine: The tensors of each block of this worker, as merges write them.
+        queues: Of the device that the blocks are on.
         counts: Totals since the start: `merges`, `offers`, `skipped_offers`, `bytes_read`.
         staleness: How many merges were how many clock steps old, since the start.
     """
@@ -62,7 +63,7 @@ class GossipEngine:
         self._budget = budget
         self._blocks = list(blocks)
         self.mine = [block.tensors for block in blocks]
-        self._queues = queues or queues_of(self.mine[0][0].device)
+        self.queues = queues or queues_of(self.mine[0][0].device)
         self._merger = Merger(windows.ledger.rank)
         self._unannounced: deque[tuple[int, int, Mark]] = deque()  # block, offers, and when the device has stepped it
         self._steps = [0] * len(self._blocks)
@@ -91,7 +92,7 @@ class GossipEngine:
         if not offers:
             return
         own, untaken = ledger.own(index), ledger.untaken(index)
-        begin = self._queues.mark() if self._budget is not None else None
+        begin = self.queues.mark() if self._budget is not None else None
         taken: list[tuple[int, int]] = []
         peers: list[tuple[Sequence[Tensor], float]] = []
         for peer, units in offers:
@@ -110,7 +111,7 @@ class GossipEngine:
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
         if self._budget is not None and begin is not None:
-            self._budget.note_merge(index, len(taken), begin, self._queues.mark())
+            self._budget.note_merge(index, len(taken), begin, self.queues.mark())
 
     def units(self, own: int, receivers: int) -> int:
         """Mass that each of so many peers is offered, in units: see `share`."""
@@ -130,7 +131,7 @@ class GossipEngine:
         offers = 0
         if self._steps[index] % self._offer_every == 0:
             offers = self._sampler.count if self._budget is None else self._budget.due(index)
-        made = self._windows.publish(index) if offers else self._queues.mark()
+        made = self._windows.publish(index) if offers else self.queues.mark()
         self._unannounced.append((index, offers, made))
         self.announce()
 
@@ -138,9 +139,9 @@ class GossipEngine:
         """Tell peers of the steps that the device has made by now. Never waits for it."""
         while self._unannounced and self._unannounced[0][2].is_done():
             index, offers, _ = self._unannounced.popleft()
-            self._announce(index, offers)
+            self.announce_step(index, offers)
 
-    def _announce(self, index: int, offers: int) -> None:
+    def announce_step(self, index: int, offers: int) -> None:
         """Count a step of a block, and offer the block to so many peers."""
         ledger = self.ledger
         ledger.count_step(index)

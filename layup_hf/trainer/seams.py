@@ -156,6 +156,7 @@ SEAMS = (
     *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks"),
     *_of("torch", "2.6", "_dynamo"),  # whose OptimizedModule is a compiled model
     *_of("torch.nn.Module", "2.6", "_compiled_call_impl"),
+    *_of("torch.cuda.memory", "2.6", "_set_allocator_settings"),
     *_of("torch.optim.Optimizer", "2.6", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", is_set=True),
     *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_optional=True),
     *_of("torch.optim.adamw", "2.6", ("adamw", "fused", "grad_scale", "found_inf", "has_complex")),

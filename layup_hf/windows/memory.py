@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -177,12 +178,17 @@ def _fixed_segments() -> Iterator[None]:
     if len(others) == len(parts):
         yield
         return
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-    change(",".join([*others, "expandable_segments:False"]))
+    _set_allocator(",".join([*others, "expandable_segments:False"]))
     try:
         yield
     finally:
-        change(settings)
+        _set_allocator(settings)
+
+
+def _set_allocator(settings: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what is to take its place has no name that all versions know
+        torch.cuda.memory._set_allocator_settings(settings)
 
 
 @dataclass(frozen=True)

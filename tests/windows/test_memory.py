@@ -353,6 +353,6 @@ def test_what_is_exported_is_in_no_expandable_segment(monkeypatch, variable, val
     name = "expandable_segments:"
     monkeypatch.setenv(variable, value.format(name))
     seen = []
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", seen.append, raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", seen.append)
     CudaIpc().allocate(8, torch.device("cpu"))
     assert seen == [setting.format(name) for setting in asked]
