@@ -91,4 +91,4 @@ def round_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generato
     bits = exact.view(torch.int32)
     noise = torch.randint(0, 1 << cut, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
     rounded = noise.add_(bits).bitwise_and_(-(1 << cut)).view(torch.float32)
-    return torch.where(torch.isfinite(exact), rounded, exact).to(dtype)
+    return torch.where(exact == exact, rounded, exact).to(dtype)  # the bits of a nan may run over

@@ -45,10 +45,11 @@ class MeetingTrainer(LayupTrainer):
         return self._timed("evaluation", lambda: super(MeetingTrainer, self).evaluation_loop(*args, **kwargs))
 
 
-METHODS = {**trainers.METHODS, "logging": LayupTrainer, "meeting": MeetingTrainer}
+METHODS = {**trainers.METHODS, "logging": LayupTrainer, "meeting": MeetingTrainer, "every_peer": LayupTrainer}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "alone": {"nesterov": "off"},  # AdamW as it is with one worker
     "logging": {"logging_steps": 1},
+    "every_peer": {"peers_per_step": 7},
     "meeting": {"eval_strategy": "steps", "eval_steps": 5},
 }
 """What differs from the common arguments."""
@@ -109,6 +110,7 @@ def main() -> None:
                 )
                 trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            peers = [e["layup/peers_per_step"] for e in trainer.state.log_history if "layup/peers_per_step" in e]
             times = stopwatch.times[options.skipped :]
             result = {
                 "rank": state.process_index,
@@ -121,6 +123,7 @@ def main() -> None:
                 / (times[-1] - times[0]),
                 "step_seconds": stopwatch.median_step,
                 "loss": losses[-1],
+                "peers_per_step": peers[-1] if peers else None,
                 "peak_bytes": memory.bytes,
                 "meeting_seconds": getattr(trainer, "seconds", {}),
             }
