@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from . import fused
+
+logger = logging.getLogger(__name__)
 
 _ROUNDED = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a number in fp32 that these do not have."""
@@ -31,6 +36,8 @@ class Merger:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._has_kernel: bool | None = None
+        self._launches = 0
 
     @torch.no_grad()
     def merge(self, mine: Sequence[Tensor], peers: Sequence[tuple[Sequence[Tensor], float]]) -> None:
@@ -52,7 +59,11 @@ class Merger:
                 self._merge_rounded(mine[number], [(theirs[number], weight) for theirs, weight in peers])
 
     def _merge_rounded(self, mine: Tensor, peers: Sequence[tuple[Tensor, float]]) -> None:
-        """One tensor, some of it at a time."""
+        """One tensor: by one kernel where there is one, else some of it at a time."""
+        if mine.dtype in _ROUNDED and self._fuses(mine.device) and fused.can_merge(mine, peers):
+            self._launches += 1
+            fused.merge(mine, peers, _ROUNDED[mine.dtype], hash((self._seed, self._launches)) & 0x7FFFFFFF)
+            return
         pieces = zip(*(_pieces(tensor) for tensor in (mine, *(theirs for theirs, _ in peers))), strict=True)
         for part, *theirs in pieces:
             is_rounded = part.dtype in _ROUNDED
@@ -61,6 +72,22 @@ class Merger:
                 exact.lerp_(their.to(exact.dtype), weight)
             if is_rounded:
                 part.copy_(round_at_random(exact, part.dtype, self._generator(part.device)))
+
+    def _fuses(self, device: torch.device) -> bool:
+        """Whether the kernel runs here: tried once, as a compiler may be missing."""
+        if self._has_kernel is None:
+            self._has_kernel = fused.is_available(device)
+            if self._has_kernel:
+                trial = torch.zeros(1, dtype=torch.bfloat16, device=device)
+                try:
+                    fused.merge(trial, [(trial.clone(), 0.5)], _ROUNDED[trial.dtype], 0)
+                except Exception as error:
+                    self._has_kernel = False
+                    logger.warning(
+                        f"LayUp: merges in bf16 and fp16 are slow, as Triton does not work ({type(error).__name__}: "
+                        f"{error}). It needs a C compiler on this machine."
+                    )
+        return self._has_kernel
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if device.type == "meta":

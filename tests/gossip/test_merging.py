@@ -1,10 +1,15 @@
 """The arithmetic of a merge, in every precision."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layup_hf.gossip import fused
 from layup_hf.gossip.merging import Merger, round_at_random
 
 LOW = [torch.bfloat16, torch.float16]
@@ -131,3 +136,62 @@ def test_workers_with_noise_of_their_own_stay_near_each_other_in_bf16():
     assert exact < 0.001
     assert nearest > 0.005
     assert found < 0.003
+
+
+KERNEL = """
+import torch
+from layup_hf.gossip import fused
+from layup_hf.gossip import fused
+from layup_hf.gossip.merging import Merger, _ROUNDED
+for dtype, cut in _ROUNDED.items():
+    unit = torch.finfo(dtype).eps
+    mine, theirs = torch.ones(5000, dtype=dtype), torch.full((5000,), 1 + 4 * unit, dtype=dtype)
+    fused.merge(mine, [(theirs, 1 / 8)], cut, 7)
+    assert set(mine.tolist()) == {1.0, 1 + unit}
+    assert abs((mine.double().mean() - 1) / unit - 0.5) < 0.05
+    same = torch.randn(3000).to(dtype)
+    before = same.clone()
+    fused.merge(same, [(before, 0.3), (before, 0.2)], cut, 8)
+    assert torch.equal(same, before)
+    for peers in (1, 2, 3, 4):
+        mine, others = torch.randn(1500).to(dtype), [(torch.randn(1500).to(dtype), 0.2) for _ in range(peers)]
+        exact = mine.float()
+        for theirs, weight in others:
+            exact.lerp_(theirs.float(), weight)
+        assert fused.can_merge(mine, others)
+        fused.merge(mine, others, cut, 5)
+        assert bool(((mine.float() - exact).abs() <= 1.01 * unit * exact.abs().clamp(min=2**-14)).all())
+    odd = torch.tensor([float("nan")], dtype=dtype)
+    fused.merge(odd, [(odd.clone(), 0.5)], cut, 3)
+    assert bool(odd.isnan().all())
+    fused.merge(odd[:0], [(odd[:0], 0.5)], cut, 3)
+fused.is_available = lambda device: True
+mine = torch.zeros(2, 3, dtype=torch.bfloat16)
+Merger().merge([mine], [([torch.ones_like(mine)], 0.5)])
+assert torch.equal(mine, torch.full_like(mine, 0.5))
+"""
+
+
+def test_the_kernel_does_the_same():
+    """By Triton's interpreter, on a CPU; torch for CPUs comes without Triton."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=200)
+    assert done.returncode == 0
+
+
+def test_where_the_kernel_does_not_run_torchs_operations_do(monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(fused, "is_available", lambda device: True)
+    monkeypatch.setattr(fused, "merge", fails)
+    monkeypatch.setattr(fused, "can_merge", lambda *args: True)
+    merger = Merger()
+    for _ in range(2):
+        mine = torch.zeros(5, dtype=torch.bfloat16)
+        merger.merge([mine], [([torch.ones_like(mine)], 0.5)])
+        assert torch.equal(mine, torch.full_like(mine, 0.5))
+    assert [record.message for record in caplog.records] == [
+        "LayUp: merges in bf16 and fp16 are slow, as Triton does not work (RuntimeError: no C compiler). It needs a C "
+        "compiler on this machine."
+    ]
