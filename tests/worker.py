@@ -35,6 +35,7 @@ def count_collectives() -> None:
 
 def same_everywhere(tensor: torch.Tensor) -> bool:
     """Whether all workers have the same. Collective."""
+    tensor = tensor.cpu()
     return all(torch.equal(other, tensor) for other in gather_object([tensor]))
 
 

@@ -23,6 +23,8 @@ class TestConfig(LayupConfig):
     """Seconds that each step takes longer."""
     other_model_on_rank: int = -1
     """Rank that has a wider model."""
+    forbid_waits: bool = False
+    """On a GPU, a step in which the processor waits for it fails, from the fourth on."""
 
 
 config = HfArgumentParser(TestConfig).parse_args_into_dataclasses(["--use_cpu", "--report_to=none", *sys.argv[1:]])[0]
@@ -30,7 +32,7 @@ rank, world_size = config.process_index, config.world_size
 
 
 def values(model):
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    return torch.cat([p.detach().double().flatten().cpu() for p in model.parameters()])
 
 
 torch.manual_seed(rank)  # different at first: training must start from rank 0's weights
@@ -63,14 +65,14 @@ def checked_consensus(blocks, ledger, talk, is_new):
     """The mass-weighted mean, computed the simple way: gather everything."""
     torch.distributed.barrier()
     masses = ledger.masses()
-    models = gather_object([[block.tensors for block in blocks]])
+    models = gather_object([[[tensor.cpu() for tensor in block.tensors] for block in blocks]])
     consensus = original_consensus(blocks, ledger, talk, is_new)
     error = 0.0
     for block in blocks:
         shares = torch.tensor([int(m) / int(masses[block.index].sum()) for m in masses[block.index]]).double()
         for k, tensor in enumerate(block.tensors):
             mean = sum(s * worker[block.index][k].double() for s, worker in zip(shares, models, strict=True))
-            error = max(error, float((tensor.double() - mean).abs().max()))
+            error = max(error, float((tensor.double().cpu() - mean).abs().max()))
     result["consensus"].append(
         {
             "mass_exact": [int(units) for units in masses.sum(axis=1)] == [world_size * 2**40] * len(blocks),
@@ -100,6 +102,15 @@ class ObservedTrainer(LayupTrainer):
 
         meetings.meet = meet
         return prepared
+
+    def training_step(self, *args, **kwargs):
+        if not config.forbid_waits or result["steps"] < 3:
+            return super().training_step(*args, **kwargs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 trainer = ObservedTrainer(model=model, args=config, train_dataset=data, eval_dataset=data[:16], callbacks=[Observer()])
