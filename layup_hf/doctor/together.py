@@ -103,10 +103,12 @@ def check_interface(name: str | None, cards: Sequence[Card]) -> list[Finding]:
     if launches() > 1:
         network.use()
     text = f"{network.interface} ({network.address})"
+    known = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES"), {network.interface})
+    known["UCX_NET_DEVICES"] = {network.interface, network.ucx_devices()}
     others = {
         variable: value
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
-        if (value := os.environ.get(variable)) not in (None, network.interface)
+        for variable, own in known.items()
+        if (value := os.environ.get(variable)) is not None and value not in own
     }
     if others:
         text += f", but {', '.join(f'{variable}={value}' for variable, value in others.items())}"
@@ -144,8 +146,10 @@ def check_nixl(cards: Sequence[Card], device: torch.device) -> list[Finding]:
     interface, ways = os.environ.get("UCX_NET_DEVICES"), os.environ.get("UCX_TLS")
     transport = Transport(f"doctor-{os.getpid()}", device)
     transport.close()
-    rdma = rdma_devices()
-    uses = f"RDMA ({', '.join(rdma)}) or TCP, whichever UCX finds faster" if rdma else "TCP, as there is no RDMA device"
+    rdma = [device for device in rdma_devices() if interface in (None, "all") or f"{device}:" in interface]
+    uses = f"RDMA ({', '.join(rdma)}) or TCP, whichever UCX finds faster" if rdma else "TCP"
+    if not rdma:
+        uses += ", as UCX_NET_DEVICES leaves out RDMA" if rdma_devices() else ", as there is no RDMA device"
     if ways or interface:
         given = [f"{name}={value}" for name, value in (("UCX_TLS", ways), ("UCX_NET_DEVICES", interface)) if value]
         uses += f" ({', '.join(given)})"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+_SYS = Path("/sys/class")
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,12 @@ class Network:
     Attributes:
         interface: Name of the one network interface that is used, such as "eth0".
         address: Its IP address.
+        is_named: The user has named it.
     """
 
     interface: str
     address: str
+    is_named: bool = False
 
     @classmethod
     def find(cls, interface: str | None, towards: str) -> Network:
@@ -49,12 +54,46 @@ class Network:
                 f"network_interface={interface!r} is no interface with an IPv4 address on {os.uname().nodename}. "
                 f"There are: {usable}."
             )
-        return cls(interface, addresses[interface][0])
+        return cls(interface, addresses[interface][0], is_named=True)
 
     def use(self) -> None:
-        """Let what is started from here on use this interface alone, unless the environment says something else."""
+        """Let what is started from here on use this interface alone, unless the environment says something else.
+
+        NCCL takes it for meeting and finds RDMA by itself. To UCX it is a list of all that may be used, in which RDMA
+        has names of its own.
+        """
         for variable in _INTERFACE_VARIABLES:
             os.environ.setdefault(variable, self.interface)
+        os.environ.setdefault("UCX_NET_DEVICES", self.ucx_devices())
+
+    def ucx_devices(self) -> str:
+        """What UCX may use, as `UCX_NET_DEVICES` names it."""
+        return ",".join([*self.rdma_ports(), self.interface])
+
+    def rdma_ports(self) -> list[str]:
+        """Ports of RDMA devices that go with the interface, such as "mlx5_0:1": its own, or if it has none and nobody
+        has named it, all that are up. Those of a cluster often lie beside the Ethernet that names lead to.
+        """
+        own = _SYS / "net" / self.interface / "device" / "infiniband"
+        devices = _names_in(own)
+        if not devices and not self.is_named:
+            devices = _names_in(_SYS / "infiniband")
+        ports = [(device, port) for device in devices for port in _names_in(_SYS / "infiniband" / device / "ports")]
+        return [f"{device}:{port}" for device, port in ports if _is_up(device, port)]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_up(device: str, port: str) -> bool:
+    try:
+        return "ACTIVE" in (_SYS / "infiniband" / device / "ports" / port / "state").read_text()
+    except OSError:
+        return False
 
 
 def _address_towards(host: str) -> str:

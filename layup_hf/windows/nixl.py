@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +24,8 @@ from .peers import Peer, Postmark
 from .serving import Serving
 from .staging import Staging
 from .transport import Transport
+
+logger = logging.getLogger(__name__)
 
 
 @travels
@@ -134,6 +138,8 @@ class NixlWindows:
         except BaseException:
             transport.close()
             raise
+        ways = os.environ.get("UCX_NET_DEVICES") or "any network device"
+        logger.info(f"Blocks go to {len(peers)} worker(s) on other hosts over {ways}, whichever UCX finds fastest.")
         return cls(ledger, layout, staging, courier)
 
     def read(self, peer: int, block: int) -> list[Tensor] | None:

@@ -5,6 +5,7 @@ import os
 import psutil
 import pytest
 
+from layup_hf.fleet import network
 from layup_hf.fleet.network import Network
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")
@@ -21,6 +22,41 @@ def no_choice(monkeypatch):
 # ---- The interface ----
 
 
+@pytest.fixture
+def devices(monkeypatch, tmp_path):
+    """RDMA as the kernel shows it: `eth0` is a port of `mlx5_1`; `mlx5_0` is InfiniBand, with one port up."""
+    states = {("mlx5_0", "1"): "4: ACTIVE\n", ("mlx5_0", "2"): "1: DOWN\n", ("mlx5_1", "1"): "4: ACTIVE\n"}
+    for (device, port), state in states.items():
+        folder = tmp_path / "infiniband" / device / "ports" / port
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state)
+    (tmp_path / "net" / "eth0" / "device" / "infiniband" / "mlx5_1").mkdir(parents=True)
+    (tmp_path / "net" / "eth1" / "device").mkdir(parents=True)
+    monkeypatch.setattr(network, "_SYS", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("interface", "is_named", "allowed"),
+    [
+        ("eth0", True, "mlx5_1:1,eth0"),
+        ("eth0", False, "mlx5_1:1,eth0"),
+        ("eth1", False, "mlx5_0:1,mlx5_1:1,eth1"),
+        ("eth1", True, "eth1"),
+        ("lo", True, "lo"),
+    ],
+)
+def test_rdma_may_be_used_where_there_is_some(devices, interface, is_named, allowed):
+    Network(interface, "10.0.0.1", is_named).use()
+    assert os.environ["UCX_NET_DEVICES"] == allowed
+    assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == interface
+
+
+def test_without_rdma_the_interface_is_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(network, "_SYS", tmp_path)
+    Network("eth1", "10.0.0.1").use()
+    assert os.environ["UCX_NET_DEVICES"] == "eth1"
+
+
 def loopback():
     return next(
         name for name, found in psutil.net_if_addrs().items() if "127.0.0.1" in [address.address for address in found]
@@ -33,7 +69,7 @@ def test_the_interface_is_the_one_that_leads_to_the_host():
 
 
 def test_a_named_interface_is_used_wherever_the_host_is():
-    assert Network.find(loopback(), "host.invalid") == Network(loopback(), "127.0.0.1")
+    assert Network.find(loopback(), "host.invalid") == Network(loopback(), "127.0.0.1", is_named=True)
 
 
 def test_another_interface_leads_elsewhere(monkeypatch):
@@ -50,7 +86,7 @@ def test_another_interface_leads_elsewhere(monkeypatch):
         psutil, "net_if_addrs", lambda: {"a0": [found(inet, "10.0.0.1")], "b0": [found(inet, "127.0.0.1")]}
     )
     assert Network.find(None, "127.0.0.1").interface == "b0"
-    assert Network.find("a0", "127.0.0.1") == Network("a0", "10.0.0.1")
+    assert Network.find("a0", "127.0.0.1") == Network("a0", "10.0.0.1", is_named=True)
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"a0": [found(inet, "10.0.0.1")]})
     with pytest.raises(ValueError, match=r"No network interface has the address 127\.0\.0\.1.*`network_interface`: a0"):
         Network.find(None, "127.0.0.1")
