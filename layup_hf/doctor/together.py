@@ -103,8 +103,8 @@ def check_interface(name: str | None, cards: Sequence[Card]) -> list[Finding]:
     if launches() > 1:
         network.use()
     text = f"{network.interface} ({network.address})"
-    known = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES"), {network.interface})
-    known["UCX_NET_DEVICES"] = {network.interface, network.ucx_devices()}
+    known = {name: {network.interface} for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")}
+    known["UCX_NET_DEVICES"].add(network.ucx_devices())
     others = {
         variable: value
         for variable, own in known.items()
