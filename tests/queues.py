@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections import deque
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -137,12 +136,12 @@ class SegmentIpc:
         return buffer
 
     def export(self, buffer):
-        return pickle.dumps((self._segments[buffer.data_ptr()], buffer.numel()))
+        return (self._segments[buffer.data_ptr()], buffer.numel())
 
     def open(self, exported, device):
         if self.fails is not None:
             raise self.fails
-        segment, num_bytes = pickle.loads(exported)
+        segment, num_bytes = exported
         self.opened.append(device)
         buffer = as_bytes(segment.map(writable=True), 0, num_bytes)
         return buffer.flip(0) if self.wrong else buffer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from ..blocks import Block
 from ..gossip.arrival import ArrivalEngine

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..device import Mark, Queues
+from ..fleet.data import travels
 from .layout import Layout, move_into
 from .segment import Segment, as_bytes
 
@@ -44,7 +44,7 @@ class Memory(Protocol):
     flats: list[Tensor]
 
     def share(self) -> Any:
-        """Move the blocks there, in place. Gives what a peer's `open` needs, to be pickled."""
+        """Move the blocks there, in place. Gives what a peer's `open` needs, which is data."""
 
     def open(self, handle: Any) -> tuple[list[Tensor], bool]:
         """The bytes of a peer's blocks and its probe, and whether kernels of this worker's device may read them where
@@ -119,14 +119,24 @@ class Ipc(Protocol):
     def allocate(self, num_bytes: int, device: torch.device) -> Tensor:
         """Bytes that can be exported."""
 
-    def export(self, buffer: Tensor) -> bytes:
+    def export(self, buffer: Tensor) -> Any:
         """What another process needs to open a buffer that has been allocated here."""
 
-    def open(self, exported: bytes, device: torch.device) -> Tensor:
+    def open(self, exported: Any, device: torch.device) -> Tensor:
         """The buffer of another process, as memory of this device of this process."""
 
     def name(self, device: torch.device) -> str:
         """Of a device, the same in every process of a host, whatever each of them sees."""
+
+
+_HANDLE = (
+    "storage_handle",
+    "storage_size_bytes",
+    "storage_offset_bytes",
+    "ref_counter_handle",
+    "ref_counter_offset",
+    "event_handle",
+)
 
 
 class CudaIpc:
@@ -144,19 +154,28 @@ class CudaIpc:
         with _fixed_segments():
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    def export(self, buffer: Tensor) -> bytes:
-        """A handle of the whole buffer."""
+    def export(self, buffer: Tensor) -> dict[str, Any]:
+        """A handle of the whole buffer: of what torch would pickle, what another process cannot know by itself."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         rebuild, arguments = reduce_tensor(buffer)
-        return pickle.dumps(inspect.signature(rebuild).bind(*arguments).arguments)
+        named = inspect.signature(rebuild).bind(*arguments).arguments
+        return {name: named[name] for name in _HANDLE}
 
-    def open(self, exported: bytes, device: torch.device) -> Tensor:
+    def open(self, exported: dict[str, Any], device: torch.device) -> Tensor:
         """On this device, and without the producer's event, as it has waited for what it queued."""
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-        arguments = {**pickle.loads(exported), "storage_device": device.index or 0, "event_sync_required": False}
-        return rebuild_cuda_tensor(**arguments)
+        return rebuild_cuda_tensor(
+            tensor_cls=Tensor,
+            tensor_size=torch.Size([exported["storage_size_bytes"]]),
+            tensor_stride=(1,),
+            tensor_offset=0,
+            storage_cls=torch.storage.TypedStorage,
+            dtype=torch.uint8,
+            requires_grad=False,
+            **{**exported, "storage_device": device.index or 0, "event_sync_required": False},
+        )
 
     def name(self, device: torch.device) -> str:
         """Its UUID."""
@@ -191,6 +210,7 @@ def _set_allocator(settings: str) -> None:
         torch.cuda.memory._set_allocator_settings(settings)
 
 
+@travels
 @dataclass(frozen=True)
 class DeviceHandle:
     """What a worker tells of its memory on a GPU.
@@ -201,7 +221,7 @@ class DeviceHandle:
     """
 
     gpu: str
-    buffers: tuple[bytes, ...]
+    buffers: tuple[Any, ...]
 
 
 class DeviceMemory:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fleet.data import travels
 
+
+@travels
 @dataclass(frozen=True)
 class Segment:
     """A piece of anonymous memory: no name in any file system, gone with the last process that maps it."""

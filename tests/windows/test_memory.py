@@ -12,6 +12,7 @@ from queues import FakeQueues, SegmentIpc
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
+from layup_hf.fleet.data import is_data
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import SharedWindows
@@ -326,16 +327,19 @@ def test_a_handle_is_opened_on_the_readers_device_without_the_producers_event(mo
     """As torch makes it: by the names of what rebuilds a tensor in another process."""
     from torch.multiprocessing import reductions
 
-    given = dict.fromkeys(reductions.rebuild_cuda_tensor.__code__.co_varnames[:15], 0)
-    given |= {"storage_device": 3, "event_sync_required": True, "storage_handle": b"handle"}
-    monkeypatch.setattr(
-        reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, tuple(given.values()))
-    )
+    names = reductions.rebuild_cuda_tensor.__code__.co_varnames[:15]
+    given = dict(zip(names, range(15), strict=True)) | {"storage_handle": b"handle", "storage_size_bytes": 24}
+    reduced = (reductions.rebuild_cuda_tensor, tuple(given.values()))
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: reduced)
     exported = CudaIpc().export(torch.zeros(1))
+    assert is_data(exported)
     seen = {}
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda **arguments: seen.update(arguments))
     CudaIpc().open(exported, torch.device("cuda", 1))
-    assert seen == given | {"storage_device": 1, "event_sync_required": False}
+    assert set(seen) == set(names)
+    assert {name: seen[name] for name in exported} == {name: given[name] for name in exported}
+    assert (seen["storage_device"], seen["event_sync_required"], seen["tensor_offset"]) == (1, False, 0)
+    assert (seen["tensor_size"], seen["dtype"]) == (torch.Size([24]), torch.uint8)
 
 
 @pytest.mark.parametrize(
