@@ -59,6 +59,12 @@ class Direction:
         self._ages = {block.index: age_of(optimizer, block.parameters[0]) for block in blocks if block.parameters}
         self._room: dict[torch.dtype, Tensor] = {}
 
+    def take_lead(self, block: Block) -> float:
+        """l of the step that the block is about to make; to be asked once a step."""
+        beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
+        self._ages[block.index] += 1
+        return (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
+
     @contextlib.contextmanager
     @torch.no_grad()
     def stepping(self, block: Block, lengths: Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -69,8 +75,7 @@ class Direction:
             lengths: c of each parameter of the block, of a shape that fits it; None: 1.
         """
         beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
-        lead = (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
-        self._ages[block.index] += 1
+        lead = self.take_lead(block)
         of_all = [parameter.grad for parameter in block.parameters]
         is_stepped = [gradient is not None for gradient in of_all]
         if not any(is_stepped) or (lead == 0 and lengths is None):
