@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,8 @@ from .table import BY_ROW, BYTES, PEERS, Column, Scalar, Table
 _LEAST = 1 << 16
 """Numbers that are worth a thread of their own."""
 
+_engines: list[Any] = []  # they own the code
+
 _FLOAT, _INDEX, _ADDRESS = ir.FloatType(), ir.IntType(64), ir.PointerType()
 _EXACT = ("contract",)  # a product and a sum may be rounded once
 _SUM = ("contract", "reassoc")  # terms may be added in any order
@@ -29,8 +32,7 @@ _SUM = ("contract", "reassoc")  # terms may be added in any order
 class NativePass:
     """Steps blocks on this processor.
 
-    Makes code the first time that it is needed for so many merges, with or without comparing; nothing is kept on disk.
-    The interpreter's lock is let go of meanwhile.
+    Other threads of the interpreter run meanwhile.
 
     Raises:
         RuntimeError: LLVM can make no code for this processor.
@@ -39,19 +41,12 @@ class NativePass:
     name = "by machine code for this processor"
 
     def __init__(self) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_default_triple()
-        features = llvm.get_host_cpu_features().flatten()
-        self._machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
-        self._engines: list[Any] = []  # they own the code
-        self._made: dict[tuple[int, bool], Callable[[int, int, int], None]] = {}
         self._threads: ThreadPoolExecutor | None = None
-        self._code(0, False)
+        _code(0, False)
 
     def run(self, table: Table) -> None:
         """Make the step that the table says, by as many threads as torch has."""
-        code = self._code(table.merges, table.compares)
+        code = _code(table.merges, table.compares)
         if table.factor is not None:
             table.scalars[:, Scalar.FACTOR] = float(table.factor)
         parts = table.shared_out(max(1, min(torch.get_num_threads(), table.numel // _LEAST)))
@@ -68,21 +63,26 @@ class NativePass:
             self._threads.shutdown()
         self._threads = None
 
-    def _code(self, merges: int, compares: bool) -> Callable[[int, int, int], None]:
-        """The function that takes the number of tensors, their addresses and their scalars."""
-        if (merges, compares) not in self._made:
-            module = llvm.parse_assembly(str(_module(merges, compares)))
-            module.verify()
-            options = llvm.create_pipeline_tuning_options(speed_level=3)
-            options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = True
-            builder = llvm.create_pass_builder(self._machine, options)
-            builder.getModulePassManager().run(module, builder)
-            engine = llvm.create_mcjit_compiler(module, self._machine)
-            engine.finalize_object()
-            self._engines.append(engine)
-            kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
-            self._made[merges, compares] = kind(engine.get_function_address("step_block"))
-        return self._made[merges, compares]
+
+@functools.cache  # for the process: so nothing frees code that is in use
+def _code(merges: int, compares: bool) -> Callable[[int, int, int], None]:
+    """The function that takes the number of tensors, their addresses and their scalars."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    module = llvm.parse_assembly(str(_module(merges, compares)))
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)  # each owns its machine
+    engine.finalize_object()
+    _engines.append(engine)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    return kind(engine.get_function_address("step_block"))
 
 
 def _call(code: Callable[[int, int, int], None], table: Table) -> None:

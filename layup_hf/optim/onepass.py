@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blocks import Block
 from .adam import age_of
 from .direction import Direction
-from .table import WEIGHTS, Column, Scalar, Table
+from .table import BYTES, WEIGHTS, Column, Scalar, Table
 
 _WIDEST = 1 << 20
 """Numbers in a row, whose sum is made in single precision where rows are compared."""
@@ -191,9 +191,9 @@ class OnePass:
     ) -> np.ndarray:
         """One row for each parameter; see `Table`."""
         addresses = np.zeros((len(members), Table.columns(len(peers))), dtype=np.int64)
-        lengths = rows.lengths if rows.lengths is not None else self._one(members[0].parameter.device)
-        steps_of = 4 if rows.lengths is not None else 0
-        seen = 0
+        lengths, seen = rows.lengths, 0
+        if lengths is None:
+            lengths = self._ones_for(max(rows_of(m.parameter) if apart else 1 for m in members), members[0].parameter)
         for number, member in enumerate(members):
             parameter, gradient = member.parameter, member.parameter.grad
             assert gradient is not None
@@ -203,7 +203,7 @@ class OnePass:
                 gradient.data_ptr(),
                 member.first.data_ptr(),
                 member.second.data_ptr(),
-                lengths.data_ptr() + steps_of * seen,
+                lengths.data_ptr() + (BYTES * seen if rows.lengths is not None else 0),
                 *(0, 0, 0),
                 count,
                 parameter.numel() // count,
@@ -211,16 +211,16 @@ class OnePass:
             ]
             if rows.theirs is not None:
                 line[Column.THEIR_FIRST] = rows.theirs[number].data_ptr()
-                line[Column.SQUARE] = rows.squares.data_ptr() + 4 * seen
-                line[Column.SECOND_OF_ROW] = rows.seconds.data_ptr() + 4 * seen
+                line[Column.SQUARE] = rows.squares.data_ptr() + BYTES * seen
+                line[Column.SECOND_OF_ROW] = rows.seconds.data_ptr() + BYTES * seen
             addresses[number] = line
             seen += count
         return addresses
 
-    def _one(self, device: torch.device) -> Tensor:
-        """The length of a step that is not longer."""
-        if self._ones is None:
-            self._ones = torch.ones(1, device=device)
+    def _ones_for(self, rows: int, like: Tensor) -> Tensor:
+        """Lengths of steps that are not longer, for so many rows."""
+        if self._ones is None or len(self._ones) < rows:
+            self._ones = torch.ones(rows, device=like.device)
         return self._ones
 
     def _scalars(self, members: list[_Member], block: Block, weights: list[float]) -> np.ndarray:
