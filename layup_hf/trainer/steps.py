@@ -108,7 +108,7 @@ class BlockSteps:
         max_norm = host.args.max_grad_norm or 0.0
         self.clipper = BlockClipper(blocks, max_norm, device, skips_overflow=scaler is not None)
         self.direction = self._choose_direction()
-        self.one_pass = self._choose_pass(self.direction)
+        self.one_pass = self.choose_pass(self.direction)
         looks_ahead = self.direction is not None and self.direction.looks_ahead
         self._state.note(looks_ahead=looks_ahead)
         bias_every = host.options.bias_every
@@ -226,7 +226,7 @@ class BlockSteps:
             return None
         return Direction(self._model.blocks, optimizer, looks_ahead=looks_ahead)
 
-    def _choose_pass(self, direction: Direction | None) -> OnePass | None:
+    def choose_pass(self, direction: Direction | None) -> OnePass | None:
         """With several workers, what steps blocks in one pass, if there is something that can."""
         host, model = self._host, self._model
         if direction is None or not self._work.goes_by_clock:
