@@ -4,13 +4,17 @@ Only operators are used, so that the functions take whatever has them: tensors i
 `native.py` generates, and what `on_cuda.py` has in its kernel.
 """
 
+from typing import Any
 
-def towards(value, other, share):  # noqa: ANN001, ANN201 # of every kind
+
+def towards(value: Any, other: Any, share: Any) -> Any:
     """`value`, moved by a share of the way to `other`: a merge, or a running mean."""
     return value + share * (other - value)
 
 
-def stepped(value, ahead, root, length, rate, decay, root_scale, epsilon):  # noqa: ANN001, ANN201 # of every kind
+def stepped(
+    value: Any, ahead: Any, root: Any, length: Any, rate: Any, decay: Any, root_scale: Any, epsilon: Any
+) -> Any:
     """AdamW's step (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:

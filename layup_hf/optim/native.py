@@ -131,13 +131,13 @@ def _step_row(module: ir.Module, merges: int, compares: bool) -> ir.Function:
     for total in sums:
         builder.store(ir.Constant(_FLOAT, 0.0), total)
 
-    def number_at(place: Any, index: Any = _number(0)) -> _Float:
+    def number_at(place: Any, index: Any) -> _Float:
         return _Float(builder, _load(builder, _FLOAT, place, index))
 
     factor, ahead_share, first_share, second_share, rate, decay, root_scale, epsilon, *weights = (
         number_at(scalars, _number(scalar)) for scalar in range(Table.numbers(merges))
     )
-    length = number_at(places[Column.LENGTH])
+    length = number_at(places[Column.LENGTH], _number(0))
     root = module.declare_intrinsic("llvm.sqrt", [_FLOAT])
     with _loop(builder, width) as index:
         value, gradient, first, second = (number_at(places[column], index) for column in range(4))

@@ -95,7 +95,7 @@ def _step_block(
     COMPARES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+) -> None:
     """One line of the table, by tiles of so many rows and so many numbers of each; see `Table`."""
     line, numbers_of = addresses + tl.program_id(0) * columns, scalars + tl.program_id(0) * numbers
     rows, width = tl.load(line + _ROWS), tl.load(line + _WIDTH)

@@ -92,8 +92,8 @@ class OnePass:
     | with lengths of rows | 9 | |
     | comparing first moments | 7 | 1 |
 
-    What it makes is what they make, but for rounding. It knows dense parameters in single precision; blocks with others,
-    or in which a gradient is missing, are for the optimizer: `fits` tells.
+    What it makes is what they make, but for rounding. It knows dense parameters in single precision; blocks with
+    others, or in which a gradient is missing, are for the optimizer: `fits` tells.
 
     Args:
         blocks: The model's blocks.

@@ -80,7 +80,7 @@ class Table:
         return int((self.addresses[:, Column.ROWS] * self.addresses[:, Column.WIDTH]).sum())
 
     def cut(self, most: int) -> Table:
-        """The same step with parameters cut between rows, so that no piece has more than so many numbers, or one row."""
+        """The same step with parameters cut between rows: no piece has more than so many numbers, or one row."""
         rows, width = self.addresses[:, Column.ROWS], self.addresses[:, Column.WIDTH]
         rows_of_piece = np.maximum(1, most // np.maximum(width, 1))
         pieces = -(-rows // rows_of_piece)

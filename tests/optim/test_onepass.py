@@ -74,7 +74,9 @@ def shaped(lengths, parameters):
     if lengths is None:
         return None
     parts = lengths.split([rows_of(p) for p in parameters])
-    return [part.view(-1, *[1] * (p.dim() - 1)) if p.dim() else part[0] for part, p in zip(parts, parameters, strict=True)]
+    return [
+        part.view(-1, *[1] * (p.dim() - 1)) if p.dim() else part[0] for part, p in zip(parts, parameters, strict=True)
+    ]
 
 
 def sides(shapes=SHAPES, looks_ahead=True, layout=torch.contiguous_format, seed=0, **options):
@@ -212,7 +214,11 @@ def test_the_pass_and_the_optimizer_may_take_turns():
 
 @pytest.mark.parametrize("kind", ["bf16", "double", "half of them", "sparse", "transposed", "expanded"])
 def test_what_it_does_not_know_is_for_the_optimizer(kind):
-    dtypes = {"bf16": (torch.bfloat16,) * 2, "double": (torch.float64,) * 2, "half of them": (torch.float32, torch.half)}
+    dtypes = {
+        "bf16": (torch.bfloat16,) * 2,
+        "double": (torch.float64,) * 2,
+        "half of them": (torch.float32, torch.half),
+    }
     model = nn.ParameterList(torch.ones(4, 4, dtype=d) for d in dtypes.get(kind, (torch.float32,) * 2))
     side = Side(model, looks_ahead=True)
     gradients = {
@@ -268,4 +274,7 @@ def test_options_that_it_does_not_know_are_for_torch(options):
 
 
 def test_devices_without_a_kernel_are_for_torch():
-    assert make_kernel(torch.device("meta"), torch.optim.AdamW([nn.Parameter(torch.ones(1))])) == "there is no kernel for meta"
+    assert (
+        make_kernel(torch.device("meta"), torch.optim.AdamW([nn.Parameter(torch.ones(1))]))
+        == "there is no kernel for meta"
+    )
