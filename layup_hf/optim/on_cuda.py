@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,11 +87,11 @@ _PEERS, _WEIGHTS = tl.constexpr(PEERS), tl.constexpr(WEIGHTS)
 
 @triton.jit
 def _step_block(
-    addresses,  # noqa: ANN001 # Triton's
-    scalars,  # noqa: ANN001
-    factor,  # noqa: ANN001
-    columns,  # noqa: ANN001
-    numbers,  # noqa: ANN001
+    addresses: Any,
+    scalars: Any,
+    factor: Any,
+    columns: Any,
+    numbers: Any,
     MERGES: tl.constexpr,
     COMPARES: tl.constexpr,
     ROWS: tl.constexpr,
