@@ -1,20 +1,16 @@
 """What a block's step does to one number of it: written once, for every device.
 
 Only operators are used, so that the functions take whatever has them: tensors in tests, values of the code that
-`native.py` generates, and what `on_cuda.py` has in its kernel.
+`native.py` generates, and what `on_cuda.py` has in its kernel (Triton takes no names of types).
 """
 
-from typing import Any
 
-
-def towards(value: Any, other: Any, share: Any) -> Any:
+def towards(value, other, share):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
     """`value`, moved by a share of the way to `other`: a merge, or a running mean."""
     return value + share * (other - value)
 
 
-def stepped(
-    value: Any, ahead: Any, root: Any, length: Any, rate: Any, decay: Any, root_scale: Any, epsilon: Any
-) -> Any:
+def stepped(value, ahead, root, length, rate, decay, root_scale, epsilon):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
     """AdamW's step (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,12 +85,12 @@ _PEERS, _WEIGHTS = tl.constexpr(PEERS), tl.constexpr(WEIGHTS)
 
 
 @triton.jit
-def _step_block(
-    addresses: Any,
-    scalars: Any,
-    factor: Any,
-    columns: Any,
-    numbers: Any,
+def _step_block(  # type: ignore[no-untyped-def] # Triton takes no names of types
+    addresses,  # noqa: ANN001
+    scalars,  # noqa: ANN001
+    factor,  # noqa: ANN001
+    columns,  # noqa: ANN001
+    numbers,  # noqa: ANN001
     MERGES: tl.constexpr,
     COMPARES: tl.constexpr,
     ROWS: tl.constexpr,
