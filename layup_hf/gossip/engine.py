@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..blocks import Block
 from ..ledger.counts import percentile
 from ..ledger.mixing import UNIT, merge_weight, share
 from ..windows.base import PeerWindows
 from .topology import PeerSampler
+
+
+@dataclass
+class Offer:
+    """A peer's block that is to be merged.
+
+    Attributes:
+        peer: Whose it is.
+        units: Mass that comes with it.
+        theirs: Its tensors, like `Block.tensors`.
+        weight: How far the own block is to move towards it, between 0 and 1.
+    """
+
+    peer: int
+    units: int
+    theirs: list[Tensor]
+    weight: float
 
 
 class GossipEngine:
@@ -58,32 +77,58 @@ class GossipEngine:
         self._logged_staleness: Counter[int] = Counter()
         self.counts = Counter(merges=0, offers=0, skipped_offers=0, bytes_read=0)
 
-    @torch.no_grad()
     def merge(self, block: Block) -> None:
         """Take every pending offer of `block`: move towards the peer's live block by the weight of its mass.
 
         Whatever else has come in the background is merged, too, if its block is free: it need not wait, and keep room
         from other blocks, until its turn comes.
         """
-        self.take_offers(block.index)
+        with self.merging(block) as offers:
+            for offer in offers:
+                self._move(block.index, offer)
+
+    @contextlib.contextmanager
+    def merging(self, block: Block) -> Iterator[list[Offer]]:
+        """As `merge`, but the caller moves the block, by these offers in this order, before it leaves."""
+        with self._taking(block.index) as offers:
+            yield offers
         for index in self._windows.arrived():
             if self._is_free(index):
                 self.take_offers(index)
 
     def take_offers(self, index: int) -> None:
         """Merge all that is offered and here of the block with this index, which must be free to be written."""
-        ledger = self.ledger
+        with self._taking(index) as offers:
+            for offer in offers:
+                self._move(index, offer)
+
+    @contextlib.contextmanager
+    def _taking(self, index: int) -> Iterator[list[Offer]]:
+        """What is offered and here, to be moved by; on leaving, it has been taken."""
+        ledger, held = self.ledger, list[Offer]()
         for peer, units in ledger.pending(index):
+            if held and not self._windows.keeps_reads:
+                self._move(index, held[0])
+                self._take(index, held.pop())
             theirs = self._windows.read(peer, index)
-            if theirs is None:
-                continue
-            weight = self.weight(units, ledger.own(index), ledger.untaken(index))
-            torch._foreach_lerp_(self.mine[index], theirs, weight)
-            ledger.take(index, peer, units)
-            self._windows.release(peer, index)
-            self.staleness[ledger.staleness(index, peer)] += 1
-            self.counts["merges"] += 1
-            self.counts["bytes_read"] += self._bytes[index]
+            if theirs is not None:
+                own = ledger.own(index) + sum(offer.units for offer in held)
+                held.append(Offer(peer, units, theirs, self.weight(units, own, ledger.untaken(index))))
+        yield held
+        for offer in held:
+            self._take(index, offer)
+
+    @torch.no_grad()
+    def _move(self, index: int, offer: Offer) -> None:
+        torch._foreach_lerp_(self.mine[index], offer.theirs, offer.weight)
+
+    def _take(self, index: int, offer: Offer) -> None:
+        """The block has been moved by the offer."""
+        self.ledger.take(index, offer.peer, offer.units)
+        self._windows.release(offer.peer, index)
+        self.staleness[self.ledger.staleness(index, offer.peer)] += 1
+        self.counts["merges"] += 1
+        self.counts["bytes_read"] += self._bytes[index]
 
     def units(self, own: int, receivers: int) -> int:
         """Mass that each of so many peers is offered, in units: see `share`."""

@@ -20,9 +20,11 @@ class PeerWindows(Protocol):
 
     Attributes:
         kind: For people: "shared", "nixl", or both.
+        keeps_reads: Whether what has been read of several peers stays as it was read while the next one is read.
     """
 
     kind: str
+    keeps_reads: bool
 
     @property
     def ledger(self) -> Ledger:

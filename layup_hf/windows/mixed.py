@@ -24,6 +24,7 @@ class MixedWindows:
     """
 
     kind = "shared and nixl"
+    keeps_reads = False
 
     def __init__(self, shared: SharedWindows, distant: NixlWindows, local: Sequence[int]) -> None:
         self.ledger = distant.ledger

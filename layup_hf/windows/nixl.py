@@ -62,6 +62,7 @@ class NixlWindows:
     """
 
     kind = "nixl"
+    keeps_reads = False  # what is sent in less than single precision is read into one place
 
     def __init__(self, ledger: Ledger, layout: Layout, staging: Staging, courier: Courier) -> None:
         self.ledger = ledger

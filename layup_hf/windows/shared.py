@@ -102,6 +102,7 @@ class SharedWindows:
         self.ledger = ledger
         self._peers = peers
         self._devices = devices
+        self.keeps_reads = all(device.type == "cpu" for device in devices)  # between GPUs each read is a copy
 
     @classmethod
     def open(

@@ -120,6 +120,7 @@ def main() -> None:
                 * options.block_size
                 / (times[-1] - times[0]),
                 "step_seconds": stopwatch.median_step,
+                "processor_seconds": stopwatch.processor_step,
                 "loss": losses[-1],
                 "peak_bytes": memory.bytes,
                 "meeting_seconds": getattr(trainer, "seconds", {}),
