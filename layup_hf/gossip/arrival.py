@@ -12,7 +12,7 @@ import torch
 
 from ..blocks import Block
 from ..device import Mark
-from .engine import GossipEngine
+from .engine import GossipEngine, Offer
 
 _LEAST_SLEEP = 0.001  # seconds between two looks at what has been offered
 _SLEEP_PER_LOOK = 20.0  # times what a look took: looking is not to cost more than 5 % of a core
@@ -52,8 +52,9 @@ class ArrivalEngine(GossipEngine):
         self._thread = threading.Thread(target=self._run, name="layup-arrival", daemon=True)
         self._thread.start()
 
-    def merge(self, block: Block) -> None:
-        """Nothing: the thread does it.
+    @contextlib.contextmanager
+    def merging(self, block: Block) -> Iterator[list[Offer]]:
+        """There is nothing to merge: the thread does it.
 
         Raises:
             RuntimeError: The thread has failed.
@@ -61,6 +62,7 @@ class ArrivalEngine(GossipEngine):
         if self._failure is not None:
             raise RuntimeError(f"Merging has failed: {self._failure}") from self._failure
         self.announce()
+        yield []
 
     def holding(self, block: Block) -> contextlib.AbstractContextManager[None]:
         """Keep the thread off the block; at most one merge of it is waited for."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..blocks import Block
@@ -16,8 +16,25 @@ from ..ledger.counts import percentile
 from ..ledger.mixing import UNIT, merge_weight, share
 from ..windows.base import PeerWindows
 from .budget import ReadBudget
-from .merging import Merger
+from .merging import Merger, is_exact
 from .topology import PeerSampler
+
+
+@dataclass
+class Offer:
+    """A peer's block that is to be merged.
+
+    Attributes:
+        peer: Whose it is.
+        units: Mass that comes with it.
+        theirs: Its tensors, like `Block.tensors`.
+        weight: How far the own block is to move towards it, between 0 and 1.
+    """
+
+    peer: int
+    units: int
+    theirs: Sequence[Tensor]
+    weight: float = 0.0
 
 
 class GossipEngine:
@@ -65,6 +82,7 @@ class GossipEngine:
         self.mine = [block.tensors for block in blocks]
         self.queues = queues or queues_of(self.mine[0][0].device)
         self._merger = Merger(windows.ledger.rank)
+        self._lends = budget is None and self.mine[0][0].device.type == "cpu"
         self._unannounced: deque[tuple[int, int, Mark]] = deque()  # block, offers, and when the device has stepped it
         self._steps = [0] * len(self._blocks)
         self._bytes = [block.num_bytes for block in blocks]
@@ -72,46 +90,67 @@ class GossipEngine:
         self._logged_staleness: Counter[int] = Counter()
         self.counts = Counter(merges=0, offers=0, skipped_offers=0, bytes_read=0)
 
-    @torch.no_grad()
     def merge(self, block: Block) -> None:
         """Take every pending offer of `block`: move towards the peer's live block by the weight of its mass.
 
         Whatever else has come in the background is merged, too, if its block is free: it need not wait, and keep room
         from other blocks, until its turn comes.
         """
+        with self.merging(block) as offers:
+            self._move(block.index, offers)
+
+    @contextlib.contextmanager
+    def merging(self, block: Block) -> Iterator[list[Offer]]:
+        """As `merge`, but the caller moves the block, by these offers in this order, before it leaves.
+
+        They are those that a pass over the block takes along: on a CPU, what needs no rounding at random. All others
+        have been merged when this begins: on a GPU it is measured by itself what merging takes.
+        """
         self.announce()
-        self.take_offers(block.index)
+        index = block.index
+        lent = self._merge_offers(index, lends=self._lends)
+        yield lent
+        self._take(index, lent)
         for index in self._windows.arrived(self._is_free):
             if self._is_free(index):
                 self.take_offers(index)
 
     def take_offers(self, index: int) -> None:
         """Merge all that is offered and here of the block with this index, which must be free to be written."""
-        ledger = self.ledger
-        offers = ledger.pending(index)
-        if not offers:
-            return
-        own, untaken = ledger.own(index), ledger.untaken(index)
-        begin = self.queues.mark() if self._budget is not None else None
-        taken: list[tuple[int, int]] = []
-        peers: list[tuple[Sequence[Tensor], float]] = []
-        for peer, units in offers:
+        self._merge_offers(index)
+
+    def _merge_offers(self, index: int, *, lends: bool = False) -> list[Offer]:
+        """Merge what is offered and here, but for what is lent to the caller: that is still to be merged, and taken."""
+        ledger, mine, apart, lent = self.ledger, self.mine[index], list[Offer](), list[Offer]()
+        for peer, units in ledger.pending(index):
             theirs = self._windows.read(peer, index)
             if theirs is not None:
-                peers.append((theirs, self.weight(units, own, untaken)))
-                taken.append((peer, units))
-                own += units
-        if not taken:
-            return
-        self._merger.merge(self.mine[index], peers)
-        for peer, units in taken:
-            ledger.take(index, peer, units)
-            self._windows.release(peer, index)
-            self.staleness[ledger.staleness(index, peer)] += 1
+                (lent if lends and is_exact(mine, theirs) else apart).append(Offer(peer, units, theirs))
+        if not (apart or lent):
+            return []
+        own, untaken = ledger.own(index), ledger.untaken(index)
+        for offer in (*apart, *lent):
+            offer.weight = self.weight(offer.units, own, untaken)
+            own += offer.units
+        if apart:
+            begin = self.queues.mark() if self._budget is not None else None
+            self._move(index, apart)
+            self._take(index, apart)
+            if self._budget is not None and begin is not None:
+                self._budget.note_merge(index, len(apart), begin, self.queues.mark())
+        return lent
+
+    def _move(self, index: int, offers: Sequence[Offer]) -> None:
+        self._merger.merge(self.mine[index], [(offer.theirs, offer.weight) for offer in offers])
+
+    def _take(self, index: int, offers: Sequence[Offer]) -> None:
+        """The block has been moved by the offers; on a GPU, is moved by what has been queued."""
+        for offer in offers:
+            self.ledger.take(index, offer.peer, offer.units)
+            self._windows.release(offer.peer, index)
+            self.staleness[self.ledger.staleness(index, offer.peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
-        if self._budget is not None and begin is not None:
-            self._budget.note_merge(index, len(taken), begin, self.queues.mark())
 
     def units(self, own: int, receivers: int) -> int:
         """Mass that each of so many peers is offered, in units: see `share`."""

@@ -47,9 +47,7 @@ class Merger:
             mine: The block's tensors; they are written.
             peers: For each, tensors like these, on the same device, perhaps in another dtype, and a weight from 0 to 1.
         """
-        exact = [
-            n for n, m in enumerate(mine) if m.dtype not in _ROUNDED and all(p[n].dtype == m.dtype for p, _ in peers)
-        ]
+        exact = [n for n, m in enumerate(mine) if all(_is_exact(m, theirs[n]) for theirs, _ in peers)]
         if exact:
             chosen = [mine[n] for n in exact]
             for theirs, weight in peers:
@@ -95,6 +93,15 @@ class Merger:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+def is_exact(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether a block moves towards a peer's by arithmetic in its own dtype, tensor by tensor."""
+    return all(_is_exact(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+def _is_exact(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.dtype not in _ROUNDED and theirs.dtype == mine.dtype
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..optim.adam import age_of, is_plain_adam, make_states, stepped_by_adam
+from ..optim.onepass import Rows, rows_of
 from ..windows.base import Gather
 from ..windows.shared import SharedWindows
 
@@ -29,10 +31,11 @@ class _Part:
         first, second: AdamW's moments, as it keeps them.
         theirs: Number of the block in the windows.
         age: Steps that the moments are means of.
-        noise: Running mean of its square, before correction for the beginning; one number for each row.
+        noise: Running mean of its square, before correction for the beginning; one number for each row of all
+            parameters, one after the other.
         steps: Own steps since this was opened.
         covered: Those of them that the running mean is of.
-        lengths: By what steps are longer; one number for each row. None before the first measurement.
+        by_row: By what steps are longer; one number for each row, as of `noise`. None before the first measurement.
         peer: With whom it is being compared.
     """
 
@@ -40,11 +43,22 @@ class _Part:
     second: list[Tensor]
     theirs: int
     age: int
-    noise: list[Tensor]
+    noise: Tensor
     steps: int = 0
     covered: int = 0
-    lengths: list[Tensor] | None = None
+    by_row: Tensor | None = None
     peer: int | None = None
+
+    @property
+    def lengths(self) -> list[Tensor] | None:
+        """`by_row` of each parameter, of a shape that fits it."""
+        if self.by_row is None:
+            return None
+        parts = self.by_row.split([rows_of(tensor) for tensor in self.second])
+        return [
+            part.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else part[0].to(tensor.dtype)
+            for part, tensor in zip(parts, self.second, strict=True)
+        ]
 
 
 class MeanMoments:
@@ -130,7 +144,7 @@ class MeanMoments:
         for block in (block for block in blocks if members[block]):
             states = [optimizer.state[parameter] for parameter in members[block]]
             first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-            noise = [torch.zeros_like(by_row(tensor)) for tensor in second]
+            noise = torch.zeros(sum(map(rows_of, second)), device=second[0].device)
             parts[block.index] = _Part(first, second, len(shown), age_of(optimizer, members[block][0]), noise)
             shown.append(replace(block, parameter_names=(), parameters=(), buffers=tuple(first)))
         windows = SharedWindows.open(shown, rank, gather, among=[*peers, rank], may_end=may_end, slots=1)
@@ -145,40 +159,60 @@ class MeanMoments:
             known.
         """
         part = self._parts.get(block.index)
-        if part is None or not self._peers:
+        if part is None:
             return None
-        is_turn = part.steps < MEASURED_AT_FIRST or (part.steps + block.index) % MEASURE_EVERY == 0
-        if part.age and (is_turn or part.peer is not None):
-            self._measure(part)
+        lengths = part.lengths if self._peers else None
+        with self.noting(block) as rows:
+            if rows.theirs is not None:
+                squares = [by_row_of_square(m - t) for m, t in zip(part.first, rows.theirs, strict=True)]
+                torch.cat([square.flatten() for square in squares], out=rows.squares)
+                torch.cat([by_row(second).flatten() for second in part.second], out=rows.seconds)
+        return lengths
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def noting(self, block: Block) -> Iterator[Rows]:
+        """While the block makes a step: what is known for it of its rows, and what the step is to find out.
+
+        Nothing waits for the device. What is found out is used from the next step on: so a step need not go over its
+        rows twice.
+        """
+        part = self._parts.get(block.index)
+        if part is None or not self._peers:
+            yield Rows()
+            return
+        rows, is_turn = Rows(part.by_row), (part.steps + block.index) % MEASURE_EVERY == 0
+        peer = None
+        if part.age and (is_turn or part.steps < MEASURED_AT_FIRST or part.peer is not None):
+            peer = self._peer_of(part)
+            rows.theirs = self._windows.read(peer, part.theirs)
+        if rows.theirs is not None:
+            rows.squares, rows.seconds = torch.empty_like(part.noise), torch.empty_like(part.noise)
+        yield rows
+        if peer is not None and rows.theirs is not None:  # else it is asked for again in the next step
+            self._windows.release(peer, part.theirs)
+            part.peer = None
+            self._note(part, rows)
         part.age += 1
         part.steps += 1
-        return part.lengths
 
-    @torch.no_grad()
-    def _measure(self, part: _Part) -> None:
-        """Compare with a peer, as soon as its moments are here. Nothing waits for the device."""
-        beta1, beta2 = self._betas
-        if part.peer not in self._peers:
+    def _peer_of(self, part: _Part) -> int:
+        """With whom to compare: whose moments are on their way, else one that is drawn."""
+        if part.peer is None or part.peer not in self._peers:
             part.peer = self._random.choice(self._peers)
             self._windows.publish(part.theirs)
-        theirs = self._windows.read(part.peer, part.theirs)
-        if theirs is None:  # asked for again in the next step
-            return
+        return part.peer
+
+    def _note(self, part: _Part, rows: Rows) -> None:
+        beta1, beta2 = self._betas
         new = max(part.steps - part.covered, 1)
         part.covered += new
         weight, seen = 1 - beta2**new, 1 - beta2**part.covered
-        torch._foreach_lerp_(part.noise, noise_between(part.first, theirs, beta1, part.age), weight)
-        self._windows.release(part.peer, part.theirs)
-        part.peer = None
+        part.noise.lerp_(rows.squares.div_(2 * left_of_noise(beta1, part.age)), weight)
+        mean = rows.seconds.div_(1 - beta2**part.age).clamp_min_(torch.finfo(torch.float32).tiny)
+        ratio = (part.noise / seen).div_(mean).clamp_max_(1.0)
         share = len(self._peers) / (len(self._peers) + 1)
-        rows = [by_row(second) for second in part.second]
-        torch._foreach_div_(rows, 1 - beta2**part.age)
-        torch._foreach_clamp_min_(rows, torch.finfo(torch.float32).tiny)
-        ratios = torch._foreach_div(torch._foreach_div(part.noise, seen), rows)
-        torch._foreach_clamp_max_(ratios, 1.0)
-        part.lengths = [
-            (1 - share * ratio).rsqrt().to(second.dtype) for ratio, second in zip(ratios, part.second, strict=True)
-        ]
+        part.by_row = ratio.mul_(-share).add_(1).rsqrt_()
 
     @property
     def has_peers(self) -> bool:
@@ -218,10 +252,14 @@ def noise_between(mine: Sequence[Tensor], theirs: Sequence[Tensor], beta1: float
         beta1: With which they are running means.
         age: Steps that they are means of; f is what such a mean has left of independent noise.
     """
-    left = (1 - beta1) ** 2 * (1 - beta1 ** (2 * age)) / (1 - beta1**2)
     squares = [by_row_of_square(m - t) for m, t in zip(mine, theirs, strict=True)]
-    torch._foreach_div_(squares, 2 * left)
+    torch._foreach_div_(squares, 2 * left_of_noise(beta1, age))
     return squares
+
+
+def left_of_noise(beta1: float, age: int) -> float:
+    """What a running mean of `age` steps has left of the square of independent noise: f of `noise_between`."""
+    return (1 - beta1) ** 2 * (1 - beta1 ** (2 * age)) / (1 - beta1**2)
 
 
 def by_row(tensor: Tensor) -> Tensor:

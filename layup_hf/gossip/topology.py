@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 AUTO_PEERS = 7
-"""With `peers_per_step` unset, a worker offers to no more of its neighbours than this, however cheap it is."""
+"""With `peers_per_step` unset, a worker offers to all its neighbours up to this many; on GPUs, at most."""
 
 
 def neighbours(rank: int, world_size: int, remote: Iterable[int] = ()) -> set[int]:
@@ -36,12 +36,12 @@ class PeerSampler:
     Args:
         rank: This worker.
         world_size: Number of workers.
-        peers_per_step: Offers per block and step; None for all neighbours up to `AUTO_PEERS`: see `ReadBudget`.
+        peers_per_step: Offers per block and step; None for all neighbours up to `AUTO_PEERS`.
         seed: Seed of the run.
         remote: Peers on other hosts: see `neighbours`.
 
     Attributes:
-        count: Most offers per block and step, as far as there are neighbours.
+        count: Offers per block and step, as far as there are neighbours; with a `ReadBudget`, the most.
     """
 
     def __init__(

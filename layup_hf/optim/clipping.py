@@ -50,6 +50,16 @@ class BlockClipper:
 
     def clip_block(self, block: Block) -> None:
         """Scale the gradients of `block`, which must be complete, by `min(1, max_norm / estimate)`."""
+        factor = self.factor_of(block)
+        if factor is None or (factor.device.type == "cpu" and factor == 1):
+            return
+        torch._foreach_mul_([p.grad for p in block.parameters if p.grad is not None], factor)
+
+    def factor_of(self, block: Block) -> Tensor | None:
+        """By what the gradients of `block`, which must be complete, are to be scaled, as a scalar; None: not at all.
+
+        To be asked once a step, instead of `clip_block`.
+        """
         if self._completed == 0:
             # A norm that is not finite tells nothing about the next step, which it would take away from the others.
             self._last.copy_(torch.where(torch.isfinite(self.norms.square()), self.norms, 0.0))
@@ -68,8 +78,9 @@ class BlockClipper:
                 norm = torch.where(torch.isfinite(norm), norm, last)
         self.norms[block.index] = norm
         self._squares += torch.stack([norm.square(), last.square(), -last.square()])
-        if gradients and self._max_norm > 0:
-            torch._foreach_mul_(gradients, (self._max_norm / (self._estimate() + 1e-6)).clamp(max=1.0))
+        if not gradients or self._max_norm <= 0:
+            return None
+        return (self._max_norm / (self._estimate() + 1e-6)).clamp(max=1.0)
 
     def _estimate(self) -> Tensor:
         now, before, others = self._squares

@@ -60,6 +60,12 @@ class Direction:
         self._ages = {index: age_of(optimizer, members[0]) for index, members in self._members.items() if members}
         self._room: dict[torch.dtype, Tensor] = {}
 
+    def take_lead(self, block: Block) -> float:
+        """l of the step that the block is about to make; to be asked once a step."""
+        beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
+        self._ages[block.index] += 1
+        return (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
+
     @contextlib.contextmanager
     @torch.no_grad()
     def stepping(self, block: Block, lengths: Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -74,8 +80,7 @@ class Direction:
             yield
             return
         beta1, age = self._optimizer.param_groups[0]["betas"][0], self._ages[block.index]
-        lead = (1 - beta1) * (1 - beta1**age) if self.looks_ahead else 0.0
-        self._ages[block.index] += 1
+        lead = self.take_lead(block)
         of_all = [parameter.grad for parameter in members]
         is_stepped = [gradient is not None for gradient in of_all]
         if not any(is_stepped) or (lead == 0 and lengths is None):

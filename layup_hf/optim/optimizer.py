@@ -102,17 +102,24 @@ class BlockOptimizer(torch.optim.Optimizer):
                 shares[index].setdefault(number, Share(number, [])).params.append(parameter)
         return [list(groups.values()) for groups in shares]
 
-    def step_block(self, block: Block) -> None:
+    def step_block(self, block: Block, stepping: Callable[[], None] | None = None) -> None:
         """Step the parameters of `block` with their gradients, then free these unless they are to be kept.
+
+        Args:
+            block: Its gradients are complete.
+            stepping: Makes the step, in the place of the inner optimizer.
 
         Raises:
             ValueError: At the first step: the optimizer steps other blocks, too, and gradients are not kept for that.
         """
-        with self._seeing_whether_it_parts(block):
-            if self.scaler is None:
-                self.step_share(block)
-            else:
-                self.scaler.step(self._scaled[block.index])
+        if stepping is not None:
+            stepping()
+        else:
+            with self._seeing_whether_it_parts(block):
+                if self.scaler is None:
+                    self.step_share(block)
+                else:
+                    self.scaler.step(self._scaled[block.index])
         if not self.keeps_gradients:
             # Fused kernels do not count their writes, by which autograd knows that it needs what has been changed.
             torch.autograd.graph.increment_version(block.parameters)

@@ -57,6 +57,14 @@ class Exchange:
         """Whether workers may end while others go on; one launcher ends all."""
         return self._members.membership is not None
 
+    @property
+    def _finds_peers(self) -> bool:
+        """Whether it is measured how many peers can be read: on GPUs, unless the user says how many. On CPUs it has not
+        been measured what fewer peers make of the loss.
+        """
+        device = self._model.blocks[0].tensors[0].device
+        return self._host.options.peers_per_step is None and device.type == "cuda"
+
     def open(self) -> None:
         """Open windows to the present workers, and begin to count anew. Collective."""
         host, options, blocks = self._host, self._host.options, self._model.blocks
@@ -81,7 +89,7 @@ class Exchange:
         by_mean = self.moments is not None and self.moments.has_peers
         self.masses = (1.0,) * host.world_size
         self._state.note(peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean)
-        offers = str(sampler.count) if options.peers_per_step else f"up to {sampler.count}"
+        offers = str(sampler.count) if not self._finds_peers else f"up to {sampler.count}"
         logger.info(
             f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {offers} offers a step; the "
             f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."
@@ -120,7 +128,7 @@ class Exchange:
     def make_engine(self, blocks: Sequence[Block], windows: PeerWindows, sampler: PeerSampler) -> GossipEngine:
         """What offers and merges, over the windows that have been opened."""
         options = self._host.options
-        budget = None if options.peers_per_step else ReadBudget(len(blocks), sampler.count)
+        budget = ReadBudget(len(blocks), sampler.count) if self._finds_peers else None
         common: dict[str, Any] = {"offer_every": options.offer_every, "budget": budget}
         if options.merge_at == "arrival":
             may_exchange = self._members.may_exchange

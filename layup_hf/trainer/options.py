@@ -15,8 +15,8 @@ class Options:
     peers_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "Offers per block and step. Unset: as many as can be merged in 2 % of a step, to neighbours, up to "
-            "7: all peers on this host, over a network those 1, 2, 4, 8, ... ranks on."
+            "help": "Offers per block and step. Unset: one to every neighbour, up to 7 (all peers on this host, over "
+            "a network those 1, 2, 4, 8, ... ranks on); on GPUs, of these as many as can be merged in 2 % of a step."
         },
     )
     windows: Literal["auto", "shared", "nixl"] = field(

@@ -52,6 +52,7 @@ class LayupRun:
     model_class: type[BlockwiseModel] = BlockwiseModel
     exchange_class: type[Exchange] = Exchange
     work_class: type[WorkSharing] = WorkSharing
+    steps_class: type[BlockSteps] = BlockSteps
 
     def __init__(self, host: Host, args: TrainingArguments | None) -> None:
         self.host = host
@@ -64,7 +65,7 @@ class LayupRun:
         self.work = self.work_class(host, state, members)
         self.model = model = self.model_class(host)
         self.exchange = exchange = self.exchange_class(host, state, members, model)
-        self.steps = BlockSteps(host, state, members, self.work, model, exchange)
+        self.steps = self.steps_class(host, state, members, self.work, model, exchange)
         self.logs = Logs(host, state, collectives, model, exchange, self.steps)
         self.agreement = agreement = Agreement(host, state, members, model, exchange)
         self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement)

@@ -19,6 +19,7 @@ from ..gossip.engine import GossipEngine
 from ..optim.adam import is_plain_adam
 from ..optim.clipping import BlockClipper
 from ..optim.direction import Direction
+from ..optim.onepass import OnePass, make_kernel
 from .blockwise import BlockwiseModel
 from .checks import check_optimizer
 from .exchange import Exchange
@@ -40,6 +41,7 @@ class BlockSteps:
     Attributes:
         clipper: Clips each block, while training.
         direction: What AdamW steps by, while training; None where that is as AdamW has it, or the optimizer is another.
+        one_pass: Steps blocks in one pass, while training; None where torch's own operations do.
         bias: Measures the gradient's bias, while training; None where that is not asked for.
     """
 
@@ -60,6 +62,7 @@ class BlockSteps:
         self._ahead: StepsAhead | None = None
         self.clipper: BlockClipper | None = None
         self.direction: Direction | None = None
+        self.one_pass: OnePass | None = None
         self.bias: GradientBias | None = None
 
     def check(self) -> None:
@@ -107,6 +110,7 @@ class BlockSteps:
         max_norm = host.args.max_grad_norm or 0.0
         self.clipper = BlockClipper(blocks, max_norm, device, skips_overflow=scaler is not None)
         self.direction = self._choose_direction()
+        self.one_pass = self.choose_pass(self.direction)
         looks_ahead = self.direction is not None and self.direction.looks_ahead
         self._state.note(looks_ahead=looks_ahead)
         bias_every = host.options.bias_every
@@ -142,19 +146,40 @@ class BlockSteps:
 
     def _taking(self, clipper: BlockClipper | None) -> Callable[[Block], None]:
         """What is done with a block at its boundary."""
-        optimizer, exchange = self._model.optimizer, self._exchange
+        optimizer, exchange, one_pass = self._model.optimizer, self._exchange, self.one_pass
 
-        def take_block(block: Block) -> None:
+        def step_in_parts(block: Block) -> None:
             self._merge(block)
             if clipper is not None:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with exchange.holding(block):
                 optimizer.step_block(block)
-                if (engine := self._engine) is not None:  # asked anew: the step may have taken long
-                    engine.offer(block)
+                self._offer(block)
+
+        def step_in_one_pass(block: Block, one_pass: OnePass) -> None:
+            engine, moments = self._engine, exchange.moments
+            factor = clipper.factor_of(block) if clipper is not None else None
+            with exchange.holding(block):
+                with (
+                    engine.merging(block) if engine is not None else contextlib.nullcontext(()) as offers,
+                    moments.noting(block) if moments is not None else contextlib.nullcontext() as rows,
+                ):
+                    merges = [(offer.theirs, offer.weight) for offer in offers]
+                    optimizer.step_block(block, lambda: one_pass.step(block, merges, factor, rows))
+                self._offer(block)
+
+        def take_block(block: Block) -> None:
+            if one_pass is not None and one_pass.fits(block):
+                step_in_one_pass(block, one_pass)
+            else:
+                step_in_parts(block)
 
         return take_block
+
+    def _offer(self, block: Block) -> None:
+        if (engine := self._engine) is not None:  # asked anew: the step may have taken long
+            engine.offer(block)
 
     def _take_whole(self, step: Callable[[], None]) -> None:
         """What is done with all blocks where they step at once, when backward has ended."""
@@ -200,9 +225,23 @@ class BlockSteps:
         looks_ahead = wanted == "on" or (wanted == "auto" and self._work.goes_by_clock)
         if looks_ahead:
             logger.info("The optimizer steps by Nesterov's momentum.")
-        if not looks_ahead and self._exchange.moments is None:
+        if not looks_ahead and not self._work.goes_by_clock:
             return None
         return Direction(self._model.blocks, optimizer, looks_ahead=looks_ahead)
+
+    def choose_pass(self, direction: Direction | None) -> OnePass | None:
+        """With several workers, what steps blocks in one pass, if there is something that can."""
+        host, model = self._host, self._model
+        if direction is None or not self._work.goes_by_clock:
+            return None
+        scales = host.accelerator.scaler is not None
+        kernel = "the loss is scaled" if scales else make_kernel(host.args.device, model.optimizer.inner)
+        if isinstance(kernel, str):
+            logger.info(f"A block's step is made by torch's own operations, one after the other: {kernel}.")
+            return None
+        model.optimizer.parts_for_certain = True  # AdamW is known to step each parameter by itself
+        logger.info(f"A block's step is made in one pass, {kernel.name}.")
+        return OnePass(model.blocks, model.optimizer.inner, direction, kernel)
 
     def _directing(self, direction: Direction) -> Callable[[Block], contextlib.AbstractContextManager[None]]:
         """What belongs around the optimizer's step of a block."""
@@ -217,7 +256,9 @@ class BlockSteps:
     def stop(self) -> None:
         """Leave the optimizer and the model as they were. Idempotent."""
         self._model.uninstall()
-        self._hooks = self._watch = self._ahead = None
+        if self.one_pass is not None:
+            self.one_pass.close()
+        self._hooks = self._watch = self._ahead = self.one_pass = None
 
     # ---- What the Trainer asks for in a step ----
 

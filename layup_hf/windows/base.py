@@ -33,7 +33,8 @@ class PeerWindows(Protocol):
         """The peer's block, tensors like `Block.tensors` on this worker's device; None: not available now, ask later.
 
         The tensors may be the peer's own memory, which it goes on changing, or a copy that has come in the background,
-        if need be in the dtype in which it has come. Use them once, at once, and then call `release`.
+        if need be in the dtype in which it has come. Use them once, soon, and then call `release`: until then a copy
+        stays as it is, whatever else is read.
         """
 
     def release(self, peer: int, block: int) -> None:

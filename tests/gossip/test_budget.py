@@ -1,6 +1,9 @@
 """How many peers are read: what the time allows, in whole offers, spread over steps and blocks."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from fleet import Fleet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +11,9 @@ from test_gossip import make_models
 
 from layup_hf.gossip.budget import LEAST, ReadBudget
 from layup_hf.gossip.engine import GossipEngine
+from layup_hf.trainer.exchange import Exchange
+from layup_hf.trainer.options import Options
+from layup_hf.trainer.state import RunState
 
 
 class At:
@@ -121,4 +127,20 @@ def test_merges_are_measured_where_they_are_made():
     engine.resume()
     assert all(0 < cost < 1 for costs in budget._costs for cost in costs)
     assert all(len(costs) == 2 for costs in budget._costs)
+    fleet.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "peers", "is_found"), [("cpu", None, False), ("cuda", None, True), ("cuda", 2, False)]
+)
+@pytest.mark.parametrize("merge_at", ["boundary", "arrival"])
+def test_how_many_are_read_is_found_out_on_gpus_unless_it_is_said(device, peers, is_found, merge_at):
+    fleet = Fleet(make_models(3))
+    on_device = [SimpleNamespace(tensors=[SimpleNamespace(device=torch.device(device))])]
+    model = SimpleNamespace(blocks=on_device, is_free=lambda index: False)
+    host = SimpleNamespace(options=Options(peers_per_step=peers, merge_at=merge_at))
+    exchange = Exchange(host, RunState(), members=SimpleNamespace(may_exchange=lambda: True), model=model)
+    engine = exchange.make_engine(fleet.blocks[0], fleet.windows[0], fleet.samplers[0])
+    assert ("layup/peers_per_step" in engine.figures()) == is_found
+    engine.close()
     fleet.close()

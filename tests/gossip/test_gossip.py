@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import UNIT, Simulation, random_schedule
 from torch import nn
 
+from layup_hf.gossip.budget import ReadBudget
 from layup_hf.gossip.engine import GossipEngine
 
 
@@ -209,4 +210,84 @@ def test_figures_tell_what_came_over_the_network():
     assert 0 < figures["layup/link_busy"] <= 1
     assert "layup/refused_messages" not in figures
     assert fleet.engines[0].figures()["layup/megabytes_per_second"] == 0
+    fleet.close()
+
+
+class Watched:
+    """Windows that say what has been given back, and show blocks of some peers rounded, as they come over a network."""
+
+    def __init__(self, windows, rounded=()):
+        self._windows, self._rounded, self.released = windows, rounded, []
+
+    def __getattr__(self, name):
+        return getattr(self._windows, name)
+
+    def read(self, peer, block):
+        theirs = self._windows.read(peer, block)
+        return [tensor.bfloat16() for tensor in theirs] if peer in self._rounded else theirs
+
+    def release(self, peer, block):
+        self.released.append(peer)
+        self._windows.release(peer, block)
+
+
+def watched(dtype=torch.float32, rounded=(), **options):
+    """A fleet of four, of which three have offered a block, and the engine that is about to merge it."""
+    fleet = Fleet([model.to(dtype) for model in make_models(4)])
+    for peer in (1, 2, 3):
+        fleet.run(("offer", peer, 0, 1))
+    windows = Watched(fleet.windows[0], rounded)
+    return fleet, windows, GossipEngine(fleet.blocks[0], windows, fleet.samplers[0], **options)
+
+
+def test_a_pass_over_the_block_takes_merges_along_and_what_it_reads_is_kept_until_it_has():
+    (fleet, windows, engine), (other, _, usual) = watched(), watched()
+    block, own = fleet.blocks[0][0], windows.ledger.own(0)
+    before = [tensor.clone() for tensor in block.tensors]
+    with engine.merging(block) as offers:
+        assert [offer.peer for offer in offers] == [1, 2, 3]
+        assert all(torch.equal(a, b) for a, b in zip(block.tensors, before, strict=True))
+        assert (windows.released, windows.ledger.own(0), engine.counts["merges"]) == ([], own, 0)
+        for offer in offers:
+            torch._foreach_lerp_(engine.mine[0], offer.theirs, offer.weight)
+    usual.merge(other.blocks[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(block.tensors, other.blocks[0][0].tensors, strict=True))
+    assert windows.released == [1, 2, 3]
+    assert windows.ledger.own(0) == other.windows[0].ledger.own(0) > own
+    assert engine.counts == usual.counts
+    fleet.close()
+    other.close()
+
+
+@pytest.mark.parametrize("reason", ["bf16", "measured"])
+def test_what_is_rounded_or_measured_is_merged_before_a_pass(reason):
+    options = {"dtype": torch.bfloat16} if reason == "bf16" else {"budget": ReadBudget(3, 3)}
+    fleet, windows, engine = watched(**options)
+    block = fleet.blocks[0][0]
+    before = [tensor.clone() for tensor in block.tensors]
+    with engine.merging(block) as offers:
+        assert offers == []
+        assert windows.released == [1, 2, 3]
+        assert not any(torch.equal(a, b) for a, b in zip(block.tensors, before, strict=True))
+    assert engine.counts["merges"] == 3
+    fleet.close()
+
+
+def test_one_peers_block_that_came_rounded_leaves_the_others_to_the_pass():
+    fleet, windows, engine = watched(rounded=(2,))
+    block, own = fleet.blocks[0][0], windows.ledger.own(0)
+    theirs = [[tensor.clone() for tensor in fleet.blocks[peer][0].tensors] for peer in (2, 1, 3)]
+    units = dict(windows.ledger.pending(0))
+    expected, mass = [tensor.clone() for tensor in block.tensors], own
+    for peer, tensors in zip((2, 1, 3), theirs, strict=True):
+        seen = [tensor.bfloat16().float() if peer == 2 else tensor for tensor in tensors]
+        torch._foreach_lerp_(expected, seen, units[peer] / (mass + units[peer]))
+        mass += units[peer]
+    with engine.merging(block) as offers:
+        assert [offer.peer for offer in offers] == [1, 3]
+        assert windows.released == [2]
+        for offer in offers:
+            torch._foreach_lerp_(engine.mine[0], offer.theirs, offer.weight)
+    torch.testing.assert_close(block.tensors, expected)
+    assert windows.ledger.own(0) == mass
     fleet.close()

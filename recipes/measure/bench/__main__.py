@@ -1,6 +1,7 @@
 """Measure LayUp beside the stock Trainer (DDP) and beside no communication at all.
 
     python -m recipes.measure.bench speed --processes 2      tokens per second and loss, methods in turn in one run
+    python -m recipes.measure.bench step                     processor time of a block's step: one pass, torch, AdamW
     python -m recipes.measure.bench memory --processes 2     peak memory, each method in a run of its own
     python -m recipes.measure.bench overhead                 one process: step time of LayupTrainer against Trainer
     python -m recipes.measure.bench meetings --processes 2   what logging costs, and the parts of a meeting to evaluate
@@ -21,10 +22,12 @@ import torch
 from ..common.command import command_line
 from .gpu import gpu
 from .quality import quality
+from .step import step
 from .turns import meetings, memory, overhead, speed
 
 MEASURES = {
     "speed": speed,
+    "step": step,
     "memory": memory,
     "overhead": overhead,
     "meetings": meetings,

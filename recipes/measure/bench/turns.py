@@ -4,19 +4,23 @@ import argparse
 import statistics
 from typing import Any
 
-from ..common.figures import NAMES, by_round, median_ratio
+from ..common.figures import NAMES, PARTS, by_round, median_ratio
 from .run import run_workers
 
 
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second of all workers together."""
-    results = run_workers(options, "layup,ddp,alone", options.rounds)
-    rates = {method: by_round(results, method, "tokens_per_second") for method in NAMES}
-    print("\n| method | tokens per second | against no communication | training loss |\n|---|---|---|---|")
-    for method, name in NAMES.items():
+    names = {**NAMES, **PARTS}
+    results = run_workers(options, ",".join(names), options.rounds)
+    rates = {method: by_round(results, method, "tokens_per_second") for method in names}
+    processor = {method: by_round(results, method, "processor_seconds") for method in names}
+    print("\n| method | tokens per second | against no communication | by processor time | training loss |")
+    print("|---|---|---|---|---|")
+    for method, name in names.items():
         loss = statistics.median(by_round(results, method, "loss", statistics.mean))
         ratio = median_ratio(rates[method], rates["alone"])
-        print(f"| {name} | {statistics.median(rates[method]):,.0f} | {ratio:.3f} | {loss:.3f} |")
+        by_processor = median_ratio(processor["alone"], processor[method])
+        print(f"| {name} | {statistics.median(rates[method]):,.0f} | {ratio:.3f} | {by_processor:.3f} | {loss:.3f} |")
     return results
 
 

@@ -122,6 +122,7 @@ def main() -> None:
                 * options.block_size
                 / (times[-1] - times[0]),
                 "step_seconds": stopwatch.median_step,
+                "processor_seconds": stopwatch.processor_step,
                 "loss": losses[-1],
                 "peers_per_step": peers[-1] if peers else None,
                 "peak_bytes": memory.bytes,

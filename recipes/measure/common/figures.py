@@ -4,6 +4,8 @@ import statistics
 from typing import Any
 
 NAMES = {"layup": "LayUp", "ddp": "DDP", "alone": "no communication"}
+PARTS = {"parts": "LayUp, by torch's operations"}
+"""Of the bench's methods."""
 
 
 def by_round(results: list[dict[str, Any]], method: str, key: str, combine: Any = sum) -> list[float]:

@@ -20,12 +20,14 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, device: torch.device, skipped: int = 5) -> None:
         self.times: list[float] = []
+        self._processor: list[float] = []
         self.device, self.skipped = device, skipped
 
     def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         if len(self.times) in (0, self.skipped) and self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self._processor.append(time.process_time())
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         if self.device.type == "cuda":
@@ -36,6 +38,11 @@ class Stopwatch(TrainerCallback):
     def median_step(self) -> float:
         """Seconds from one step to the next, without the first steps."""
         return statistics.median(b - a for a, b in itertools.pairwise(self.times[self.skipped :]))
+
+    @property
+    def processor_step(self) -> float:
+        """Seconds of processor time of this process, all threads, for a step, without the first steps; median."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self._processor[self.skipped :]))
 
 
 def proportional_set_size() -> int:

@@ -3,7 +3,10 @@
 from transformers import Trainer
 
 from layup_hf import LayupTrainer, MuonMixin
+from layup_hf.optim.direction import Direction
+from layup_hf.optim.onepass import OnePass
 from layup_hf.trainer.run import LayupRun
+from layup_hf.trainer.steps import BlockSteps
 from layup_hf.trainer.work import WorkSharing
 
 
@@ -28,6 +31,23 @@ class AloneTrainer(LayupTrainer):
     run_class = AloneRun
 
 
+class StepsInParts(BlockSteps):
+    """A block's step is made by torch's own operations, one after the other."""
+
+    def choose_pass(self, direction: Direction | None) -> OnePass | None:
+        return None
+
+
+class PartsRun(LayupRun):
+    steps_class = StepsInParts
+
+
+class PartsTrainer(LayupTrainer):
+    """LayUp as it is where no kernel can make the one pass."""
+
+    run_class = PartsRun
+
+
 class CountingRun(LayupRun):
     """Keeps what the engine has counted: `counts` and `staleness`, as of `GossipEngine`."""
 
@@ -46,4 +66,4 @@ class StockTrainer(MuonMixin, Trainer):
     """The stock Trainer, that knows Muon."""
 
 
-METHODS = {"layup": LayupTrainer, "ddp": StockTrainer, "alone": AloneTrainer}
+METHODS = {"layup": LayupTrainer, "ddp": StockTrainer, "alone": AloneTrainer, "parts": PartsTrainer}

@@ -5,7 +5,8 @@ The whole model is one block, so a worker steps, offers and merges it as one; se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import Block
-from layup_hf.gossip.engine import GossipEngine
+from layup_hf.gossip.engine import GossipEngine, Offer
 from layup_hf.gossip.topology import PeerSampler
 from layup_hf.trainer.blockwise import BlockwiseModel
 from layup_hf.trainer.exchange import Exchange
@@ -28,11 +29,15 @@ class WholeModelEngine(GossipEngine):
 
     _has_stepped = True
 
-    def merge(self, block: Block) -> None:
+    @contextlib.contextmanager
+    def merging(self, block: Block) -> Iterator[list[Offer]]:
         """Take what is offered, unless this step's forward has begun: its gradient is to fit its weights."""
-        if self._has_stepped:
-            super().merge(block)
-        self._has_stepped = False
+        has_stepped, self._has_stepped = self._has_stepped, False
+        if not has_stepped:
+            yield []
+            return
+        with super().merging(block) as offers:
+            yield offers
 
     def offer(self, block: Block) -> None:
         super().offer(block)
