@@ -107,6 +107,34 @@ def test_measurements_are_frequent_at_first(workers, monkeypatch):
     assert fleet.moments[0]._parts[0].covered == 32
 
 
+def test_moments_that_take_their_time_to_come_are_asked_for_until_they_have_been_used(workers, monkeypatch):
+    """As copies between GPUs do."""
+    monkeypatch.setattr(layup_hf.gossip.moments, "MEASURED_AT_FIRST", 0)
+    fleet, log = workers(3), []
+    moments, (block,) = fleet.moments[0], fleet.blocks[0]
+    windows, read = moments._windows, moments._windows.read
+
+    def comes_at_the_third(peer, index):
+        log.append(("read", peer))
+        return read(peer, index) if len(log) == 4 else None
+
+    monkeypatch.setattr(windows, "publish", lambda index: log.append("publish"))
+    monkeypatch.setattr(windows, "read", comes_at_the_third)
+    monkeypatch.setattr(windows, "release", lambda peer, index: log.append(("release", peer)))
+    for _ in range(MEASURE_EVERY + 2):
+        fleet.step(0)
+    with moments.noting(block) as rows:
+        assert rows.theirs is not None
+        rows.squares.fill_(1.0)
+        rows.seconds.fill_(1.0)
+        read_at_last = list(log)
+    fleet.step(0)
+    _, (_, peer), *_ = log
+    assert read_at_last == ["publish", *[("read", peer)] * 3]
+    assert log == [*read_at_last, ("release", peer)]
+    assert moments._parts[0].covered == MEASURE_EVERY + 2
+
+
 def test_adamw_keeps_its_own_moments(workers):
     """Bit for bit."""
     fleet = workers(2)
