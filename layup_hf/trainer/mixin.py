@@ -15,7 +15,6 @@ from .adapter import TrainerHost
 from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
 from .overrides import gather_for_overrides
-from .resumed import readable
 from .run import LayupRun
 from .straggler import StragglerCallback
 
@@ -23,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
+    return functools.wraps(method)
+
 
 if TYPE_CHECKING:
     _Base = Trainer  # what `super()` is in every class that this is mixed into
@@ -98,6 +103,16 @@ class LayupMixin(_Base):
         return self._layup
 
     # ---- Beginning and ending ----
+
+    @_like(Trainer.train)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, once all workers have found the same checkpoint, or none.
+
+        Raises:
+            ValueError: Some have not, or a file of it cannot be read.
+            RuntimeError: Another worker's cannot.
+        """
+        return super().train(self._layup.checkpoints.find(resume_from_checkpoint), *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with self._layup.model.wrapped_once():
@@ -237,8 +252,7 @@ class LayupMixin(_Base):
         self._layup.checkpoints.load_model(resume_from_checkpoint, stock)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(checkpoint):
-            super()._load_rng_state(checkpoint)
+        self._layup.checkpoints.load_random_state(checkpoint, functools.partial(super()._load_rng_state, checkpoint))
 
     # ---- The Hub ----
 
@@ -274,11 +288,6 @@ class LayupMixin(_Base):
         """
         check_search(self.args)
         return super().hyperparameter_search(*args, **kwargs)
-
-
-def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
-    """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
-    return functools.wraps(method)
 
 
 class LayupTrainer(LayupMixin, Trainer):
