@@ -140,7 +140,8 @@ class _Said:
     def _require_draws(self, position: dict[str, Any]) -> None:
         """Each part that nobody had begun is one of those that had been drawn, and none is there twice."""
         first = self.number("epoch", position.get("epoch"), most=_MOST_EPOCHS)
-        drawn, left = position.get("drawn"), position.get("not_begun")
+        drawn: Any = position.get("drawn")
+        left: Any = position.get("not_begun")
         self.must("drawn", drawn, isinstance(drawn, dict) and all(type(key) is str and key.isdigit() for key in drawn))
         for epoch, place in drawn.items():
             self.must("drawn", drawn, first <= int(epoch) <= _MOST_EPOCHS)
