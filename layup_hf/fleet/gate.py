@@ -3,8 +3,8 @@
 UCX does not ask who connects. Over TCP it does what it is told: whoever reaches its port can write to any address of
 the process; no key is looked at (`tests/windows/test_strangers.py` shows it). Signing what workers say to each other is
 worth nothing while that port is open to all. So a filter is put on UCX's own socket, which lets in packets from the
-addresses of the workers alone. It needs no privilege: it is a classic socket filter (see
-`Documentation/networking/filter.rst` of Linux).
+addresses of the workers alone: a classic socket filter (see `Documentation/networking/filter.rst` of Linux), for which
+socket(7) asks no privilege. Some kernels refuse it to users other than root; then a warning says so.
 
 What it does not stop: somebody who sends from a worker's address, as another user of its machine does, or who can make
 the network believe so.
@@ -69,6 +69,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
+        self._has_warned = False
 
     @classmethod
     @contextlib.contextmanager
@@ -96,10 +97,12 @@ class Gate:
                     socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(code), ctypes.addressof(program))
                 )
             except OSError as error:
-                logger.warning(
-                    f"LayUp: this system does not let a socket be closed to strangers ({error}). Whoever reaches port "
-                    f"{one.getsockname()[1]} can read and write this worker's memory: use a private network."
-                )
+                if not self._has_warned:
+                    self._has_warned = True
+                    logger.warning(
+                        f"LayUp: this system does not let a socket be closed to strangers ({error}). Whoever reaches "
+                        f"port {one.getsockname()[1]} can write to this worker's memory: use a private network."
+                    )
 
     def _opened(self) -> Iterator[socket.socket]:
         """Each socket, as far as it is still the same one."""

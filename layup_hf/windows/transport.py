@@ -26,11 +26,15 @@ class Transport:
         name: Unique among all agents of the job.
         device: Of the memory.
 
+    Attributes:
+        name: The same.
+
     Raises:
         ValueError: NIXL is not installed.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
         # Both would write to the terminal about every connection that fails; the courier logs that once.
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
         os.environ.setdefault("UCX_LOG_LEVEL", "FATAL")

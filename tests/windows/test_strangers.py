@@ -58,20 +58,18 @@ def test_what_a_stranger_sends_under_a_workers_name_changes_nothing(make_fleet, 
     fleet.run(("offer", 0, 0, 1))
     fleet.run(("merge", 1, 0))
     courier = fleet.distant[1].courier
-    job = next(message for message in recorded if message[7:8] != b"")[10:26]
+    job = recorded[0][10:26]  # as it stands in the head
     content = wire.Report(settled=0, done=10**9, tokens=0, loss=0.0, blocks=fleet.windows[0].ledger.report_to(1))
     forged = encode(content, token=b"a guess", job=job, sender=0, receiver=1, sequence=1 << 40)
-    messages = [*recorded[:20], forged, forged[:40], b"", b"x", b"LYUP" * 20, os.urandom(300), bytes(1 << 20)]
-    before = fleet.windows[1].ledger.account()
+    messages = [*recorded[:20], forged, forged[:40], b"x", b"LYUP" * 20, os.urandom(300), bytes(1 << 16)]
     address = courier._transport.address().hex()
     name = next(iter(courier._by_name))
-    with start(do="send", address=address, name=name, messages=[m.hex() for m in messages[:-1]], times=2000) as sender:
-        assert answer(sender) == {"sent": 2000}
-    wait_until(lambda: sum(courier.refused.values()) >= 1900, f"refusals: {courier.refused}")
+    with start(do="send", address=address, name=name, messages=[m.hex() for m in messages], times=500) as sender:
+        assert answer(sender) == {"sent": 500}
+    wait_until(lambda: sum(courier.refused.values()) >= 450, f"refusals: {courier.refused}")
     assert set(courier.refused) <= {"sequence", "signature", "length", "format", "rank", "job"}
     assert {"sequence", "signature", "length"} <= set(courier.refused)
     assert int(fleet.windows[1].ledger.done[0]) < 10**9
-    assert (fleet.windows[1].ledger.account().held == before.held).all() if hasattr(before, "held") else True
     with torch.no_grad():
         for block, value in zip(fleet.blocks, (1.0, 0.0), strict=True):
             for tensor in block[0].tensors:
@@ -81,3 +79,21 @@ def test_what_a_stranger_sends_under_a_workers_name_changes_nothing(make_fleet, 
     assert all(0 < float(tensor.min()) < 1 for tensor in fleet.blocks[1][0].tensors)
     assert int(fleet.windows[1].ledger.masses().sum()) == 2 * UNIT
     assert caplog.text.count("refused a message") <= 2 * 6  # once for each reason and sender
+
+
+def test_who_knows_the_secret_is_believed(make_fleet):
+    fleet = make_fleet([nn.Linear(4, 4) for _ in range(2)], kind="nixl", hosts=["a", "b"])
+    courier, ledger = fleet.distant[1].courier, fleet.windows[1].ledger
+    rows = fleet.windows[0].ledger.report_to(1)
+    report = wire.Report(settled=0, done=10**9, tokens=0, loss=0.0, blocks=rows[:0])
+    job = courier._postmark._job
+    message = wire.encode(report, token=b"secret", job=job, sender=0, receiver=1, sequence=1 << 40)
+    with start(
+        do="send",
+        address=courier._transport.address().hex(),
+        name=next(iter(courier._by_name)),
+        messages=[message.hex()],
+        times=1,
+    ) as sender:
+        assert answer(sender) == {"sent": 1}
+    wait_until(lambda: int(ledger.done[0]) == 10**9, "what was said")

@@ -21,12 +21,12 @@ from ..common.lab import Lab
 from .faults import Place, find_problems, has_stepped, is_running, longest_pause
 from .files import write
 from .outsider import ATTACKS, MARK
-from .run import worker_arguments
+from .run import HostsRun, worker_arguments
 
 SECRET = "a secret that the outsider does not know"
 PACE = 0.05  # seconds that a step takes longer, so that a run lasts as long on any machine
 DIED = "Exception in thread"  # what Python says of one
-PATIENCE = 60.0  # seconds after the time that a run takes alone
+PATIENCE = 60.0  # seconds in which nothing was noted by any worker: then a run is taken to stand still for ever
 
 
 @dataclass
@@ -90,9 +90,8 @@ def attacked(
             notes = strike(place, folder, run.port, attack, seconds, seed)
     except RuntimeError as error:
         problems.append(str(error)[-3000:])
-    deadline = begun + steps * PACE * 2 + PATIENCE
-    while time.time() < deadline and any(is_running(run, n) for n in workers):
-        time.sleep(0.2)
+    while not problems and time.time() < latest(run, begun) + PATIENCE and any(is_running(run, n) for n in workers):
+        time.sleep(0.5)
     time.sleep(1)
     codes, entries = [launcher.poll() for launcher in run.launchers], [run.notes(host) for host in lab.hosts]
     ends = [run.result(host) for host in lab.hosts]
@@ -101,7 +100,7 @@ def attacked(
         outsider.end_processes()
     masses = sorted({entry["layup/mass"] for mine in entries for entry in mine if "layup/mass" in entry})
     reached = [end["global_step"] for end in ends if end]
-    pause = max(longest_pause(mine, begun) for mine in entries)
+    pause = max(longest_pause(mine, begun) for mine in entries)  # of what did not end, no more is known
     problems += find_problems(folder, list(workers), codes, ends, masses)
     problems += [f"what was sent has been run: {mark.name}" for mark in sorted(folder.glob(f"{MARK}*"))]
     problems += [f"step {step} instead of {steps}" for step in reached if step != steps]
@@ -116,6 +115,12 @@ def attacked(
         shutil.rmtree(folder)
     logs = str(folder) if problems else None
     return Outcome(attack, has_secret, problems, pause, reached, masses, notes, logs)
+
+
+def latest(run: HostsRun, begun: float) -> float:
+    """When a worker has last noted anything."""
+    files = [run.folder / f"notes-{host.index}.jsonl" for host in run.lab.hosts]
+    return max([begun, *(file.stat().st_mtime for file in files if file.exists())])
 
 
 def strike(place: Place, folder: Path, port: int, attack: str, seconds: float, seed: int) -> list[dict[str, Any]]:

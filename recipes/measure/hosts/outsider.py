@@ -18,7 +18,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore
+
+from layup_hf.fleet import channel
 
 PREFIXES = ("layup_hf/", "", "/", "default_pg/0/")
 """Under which a store may have the keys."""
@@ -37,6 +39,9 @@ NAMES = (
     *("order/{n}", "stream/{n}/1", "stream/{n}/end", "group/{n}/0", "group/{n}/default_pg/0//cuda//0/0"),
 )
 """All keys that the sources of layup_hf have had, in one place; {n} is a small number."""
+
+OPERATIONS = ((b"set", b"clock", b"x"), (b"add", b"clock", b"1"), (b"delete", b"clock"), (b"set", b"state/1", b""))
+"""What is said to the job's own store."""
 
 STRANGER = "66"  # the name that the outsider gives itself
 MARK = "ran-"  # files that what was sent makes in the folder where it is run
@@ -114,7 +119,7 @@ class Target:
         return PrefixStore("layup_hf", store)
 
 
-def open_ports(host: str, ports: range = range(1024, 65536)) -> list[int]:
+def open_ports(host: str, ports: Iterable[int] = range(1024, 65536)) -> list[int]:
     """Ports that take connections, of a host that says at once when one is closed."""
     found, waiting = [], iter(ports)
     with selectors.DefaultSelector() as selector:
@@ -319,13 +324,57 @@ def replayed_requests(target: Target) -> None:
             target.count("requests repeated")
 
 
+def guessed_secret(target: Target) -> None:
+    """Speak to the job's own store as a worker does, with a secret that is none; go on as if it had been taken."""
+    for _ in target.until_over(0.05):
+        for place in target.ports:
+            with contextlib.suppress(OSError), socket.create_connection(place, timeout=0.3) as one:
+                hello = channel.Hello.unpack(one.recv(channel.HELLO_BYTES))
+                target.notes["store of the job"] = f"{place[0]}:{place[1]}"
+                target.notes["tells its secret"] = hello.token is not None
+                token = target.draw.randbytes(channel.TOKEN_BYTES)
+                proof, nonces = channel.request(token, hello)
+                session = channel.Session.of(token, nonces)
+                one.sendall(proof + b"".join(session.requests.seal(channel.pack(words)) for words in OPERATIONS))
+                target.count("guesses")
+
+
+def forged_transfer(target: Target) -> None:
+    """With a real UCX client, write where no process has memory: what lets itself be written to dies of it."""
+    from layup_hf.windows.transport import Transport
+
+    for place in target.ports:
+        if os.fork() == 0:  # to connect where nobody answers takes minutes, and cannot be given up
+            with contextlib.suppress(Exception):
+                write_to(Transport(f"stranger-{place[1]}", torch.device("cpu")), *place)
+            os._exit(0)
+        target.count("ports written to")
+    time.sleep(target.seconds)
+
+
+def write_to(transport: Any, host: str, port: int) -> None:
+    """Take this agent's own address, put another's in its place, and write to the first page of its memory."""
+    mine, name = torch.full((64,), 7, dtype=torch.uint8), transport.name.encode()
+    transport.register([mine])
+    own = socket.inet_aton(os.environ["LAB_ADDRESS"]), struct.pack("!H", transport.ports[0])
+    address = transport.address().replace(own[0], socket.inet_aton(host)).replace(own[1], struct.pack("!H", port))
+    peer = transport.connect(address.replace(name, name[::-1]))
+    key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", 4096))
+    transport.accept_key(key.replace(name, name[::-1]), peer)
+    handle = transport.write(peer, [(mine.data_ptr(), 64)], [(4096, 64)], 0)
+    for _ in range(1000):
+        transport.receive()
+        transport.is_written(handle)
+        time.sleep(0.001)
+
+
 # ---- Attacks on ports ----
 
 
 def half_open(target: Target) -> None:
     """Connect to every port many times, and say nothing."""
     held = []
-    for _ in range(50):
+    for _ in range(200):
         for place in target.ports:
             with contextlib.suppress(OSError):
                 held.append(socket.create_connection(place, timeout=1))
@@ -409,7 +458,7 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
     for attack in (
         *(reading, forged_membership, forged_end, malformed, malformed_clock, moved_clock, nested_request),
         *(malformed_state, deleted_keys, counted_down, forged_worker, forged_requests, replayed_requests),
-        *(half_open, garbage, drip, fuzz),
+        *(guessed_secret, forged_transfer, half_open, garbage, drip, fuzz),
     )
 }
 
@@ -423,10 +472,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    names = [name for name in ATTACKS if name != "fuzz"] if "all" in options.attacks else options.attacks
-    for name in names:
+    ports = None
+    for name in ATTACKS if "all" in options.attacks else options.attacks:
         draw = random.Random(f"{name}-{options.seed}")
         target = Target(options.hosts, options.port, options.folder, options.seconds, draw)
+        if ports is not None:
+            vars(target)["ports"] = ports
+        else:
+            ports = target.ports
         target.notes["began"] = time.monotonic()
         try:
             ATTACKS[name](target)
