@@ -1,4 +1,4 @@
-"""A real UCX client that nobody has asked for, and somebody who is talked to by it. One order in JSON is its argument.
+"""A real UCX client that nobody has asked for, and somebody who is talked to by it. Its first line of input is an order in JSON.
 
 `listen`: has an agent as a worker has one, its gate opened to the addresses that the order names, and prints where it
 listens and where some memory is that it has told nobody of; prints what is in there when a line comes.
@@ -68,7 +68,7 @@ def send(address, name, messages, times):
 
 
 if __name__ == "__main__":
-    order = json.loads(sys.argv[1])
+    order = json.loads(sys.stdin.readline())
     {"listen": listen, "write": write, "send": send}[order.pop("do")](**order)
     sys.stdout.flush()
     os._exit(0)

@@ -18,9 +18,10 @@ ENVIRONMENT = {**os.environ, **LOOPBACK, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}
 
 
 def start(**order):
-    command = [sys.executable, str(SCRIPTS / "stranger.py"), json.dumps(order)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / "stranger.py")], env=ENVIRONMENT, **pipes)
+    print(json.dumps(order), file=process.stdin, flush=True)
+    return process
 
 
 def answer(process):
