@@ -1,4 +1,4 @@
-"""A real UCX client that nobody has asked for, and somebody whom it talks to. Input begins with a line: an order in JSON.
+"""A real UCX client that nobody has asked for, and somebody whom it talks to. Input begins with an order in JSON.
 
 `listen`: has an agent as a worker has one, its gate opened to the addresses that the order names, and prints where it
 listens and where some memory is that it has told nobody of; prints what is in there when a line comes.

@@ -6,6 +6,8 @@ import re
 import pytest
 from launching import ROOT
 
+from layup_hf.windows import wire
+
 SENTENCES = {
     "Who knows the secret is a worker: what it says is believed, wrong numbers too.": (
         "windows/test_strangers.py::test_who_knows_the_secret_is_believed"
@@ -45,10 +47,7 @@ SENTENCES = {
         "windows/test_strangers.py::test_a_port_is_all_that_it_takes_to_write_into_a_worker_so_it_is_open_to_workers_alone"
     ),
     "They can read the model and what workers say: nothing is encrypted, unless in a tunnel.": (
-        "security/test_encryption.py::test_what_workers_say_is_in_the_clear_but_in_a_tunnel"
-    ),
-    "In a tunnel they read nothing.": (
-        "security/test_encryption.py::test_what_workers_say_is_in_the_clear_but_in_a_tunnel"
+        "security/test_threat_model.py::test_what_workers_say_is_in_the_clear"
     ),
     "The store of the job tells everybody its secret: who reaches it is a worker.": (
         "recipes/measure/hosts/test_outsider.py::test_without_a_token_the_store_of_a_job_tells_its_secret"
@@ -80,3 +79,8 @@ def test_that_test_is_there(test):
     file, name = test.split("::")
     tree = ast.parse((ROOT / "tests" / file).read_text())
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_what_workers_say_is_in_the_clear():
+    content = wire.Request(number=1, block=0, address=2**40, device=0, key=b"what a peer needs to write here")
+    assert content.key in wire.encode(content, token=b"t" * 32, job=b"j" * 16, sender=0, receiver=1, sequence=1)
