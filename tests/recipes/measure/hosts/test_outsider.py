@@ -43,7 +43,8 @@ def test_torchs_store_is_open_to_all(store, tmp_path):
     outsider.reading(target)
     assert target.notes["values read"] >= 3
     outsider.malformed(target)
-    assert store.get("layup_hf/clock") in outsider.VALUES
+    assert target.notes["values written"] > 20
+    assert store.num_keys() > 20
     outsider.deleted_keys(target)
     assert not store.check(["layup_hf/clock"])
     assert not store.check(["layup_hf/job"])
