@@ -279,7 +279,8 @@ def test_another_workers_optimizer_is_no_reason_to_do_without_the_mean_silently(
     options, args = Options(second_moment="mean"), SimpleNamespace(seed=0)
     host = SimpleNamespace(options=options, args=args, rank=0, world_size=2)
     model = SimpleNamespace(blocks=[], optimizer=SimpleNamespace(inner=None))
-    exchange = Exchange(host, RunState(), members=None, model=model)
+    talk = SimpleNamespace(gather=lambda item: [item])
+    exchange = Exchange(host, RunState(), members=SimpleNamespace(membership=None, talk=talk), model=model)
     with pytest.raises(ValueError, match=r"`second_moment='mean'` and the optimizer of another worker .*'auto'"):
         exchange._share_moments(SimpleNamespace(remote=()))
 
