@@ -37,3 +37,8 @@ def test_training_goes_on_as_if_nobody_had_attacked_it(place):
     assert done["guessed_secret"]["guesses"] > 0
     assert not done["guessed_secret"]["tells its secret"]
     assert done["fuzz"]["operations on keys"] > 10
+    needs_the_store = {"forged_membership", "forged_end", "malformed_clock", "moved_clock", "nested_request"}
+    needs_the_store |= {"malformed_state", "counted_down", "forged_worker", "forged_requests", "replayed_requests"}
+    stopped = {name for name, note in done.items() if "WrongSecret" in note.get("stopped by", "")}
+    assert stopped == needs_the_store, done
+    assert done["garbage"]["connections"] > 0

@@ -17,17 +17,15 @@ SENTENCES = {
     ),
     "They can see what listens, and connect.": ("recipes/measure/hosts/test_outsider.py::test_what_listens_is_found"),
     "They cannot have anything run in a worker: nothing that comes over the network is unpickled.": (
-        "security/test_attacks.py::test_training_goes_on_as_if_nobody_had_attacked_it"
+        "fleet/test_data.py::test_what_says_anything_else_is_refused"
     ),
     "They cannot take part: the job's store listens to nobody who has not proved to know the secret.": (
-        "recipes/measure/hosts/test_outsider.py::test_a_guessed_secret_changes_nothing_in_the_store_of_a_job"
+        "fleet/test_store.py::test_what_is_no_proof_closes_the_connection"
     ),
     "They cannot speak for a worker: what workers say is signed with who says it, to whom, and when.": (
-        "windows/test_wire.py::test_everything_else_is_refused_with_its_reason"
+        "fleet/test_talk.py::test_nobody_speaks_for_another"
     ),
-    "They cannot repeat what a worker has said.": (
-        "windows/test_strangers.py::test_what_a_stranger_sends_under_a_workers_name_changes_nothing"
-    ),
+    "They cannot repeat what a worker has said.": ("fleet/test_store.py::test_what_was_recorded_says_nothing_again"),
     "They cannot change a worker's memory through UCX from an address that no worker has.": (
         "windows/test_strangers.py::test_a_port_is_all_that_it_takes_to_write_into_a_worker_so_it_is_open_to_workers_alone"
     ),

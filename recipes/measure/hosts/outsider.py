@@ -28,6 +28,8 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from layup_hf.fleet import channel
+from layup_hf.fleet.secret import SIGNATURE_BYTES
+from layup_hf.fleet.store import JobStore
 
 PREFIXES = ("layup_hf/", "", "/", "default_pg/0/")
 """Under which a store may have the keys."""
@@ -105,20 +107,19 @@ class Target:
         return [store for place in self.ports if (store := connect(*place)) is not None]
 
     def job_store(self) -> Store:
-        """The store of the job, found through the launcher's.
+        """The store of the job, found through the launcher's, as a worker without the secret reaches it.
 
         Raises:
             LookupError: It is not found so.
+            ValueError: It does not accept who has no secret.
         """
         launcher = connect(self.hosts[0], self.port)
         try:
-            job = json.loads(launcher.get("layup_hf/job"))
-            store = connect(job["host"], job["port"])
+            announced = launcher.get("layup_hf/job")
+            job = json.loads(announced[: -2 * SIGNATURE_BYTES])
         except Exception as error:
             raise LookupError(f"The launcher's store does not lead to the job's: {error}") from error
-        if store is None:
-            raise LookupError("The place that the launcher's store names does not answer.")
-        return PrefixStore("layup_hf", store)
+        return JobStore(job["host"], job["port"])
 
 
 def open_ports(host: str, ports: Iterable[int] = range(1024, 65536)) -> list[int]:
@@ -387,7 +388,7 @@ def half_open(target: Target) -> None:
 def garbage(target: Target) -> None:
     """Random bytes to every port, each time in a new connection."""
     for _ in target.until_over(0.005):
-        with contextlib.suppress(OSError), socket.create_connection(target.draw.choice(target.ports), 1) as one:
+        with contextlib.suppress(OSError), socket.create_connection(target.draw.choice(target.ports), 0.2) as one:
             one.sendall(target.draw.randbytes(target.draw.choice((1, 8, 64, 4096, 1 << 18))))
             target.count("connections")
 
