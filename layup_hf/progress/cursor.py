@@ -12,6 +12,10 @@ from torch.distributed import Store
 
 from .ahead import Ahead
 
+MOST_PARTS = 10_000_000
+"""What nobody has begun is kept in a list, as it comes to so much: a batch of each worker in a run, and in what is left
+of shards a batch of each step."""
+
 
 class Draw(NamedTuple):
     """A part of an epoch: the samples at places `start` to `stop` of its order."""
@@ -40,6 +44,9 @@ class Cursor:
 
     Attributes:
         name: This worker's name among the members; unset, its rank.
+
+    Raises:
+        ValueError: What nobody had begun comes to more parts than any run leaves.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Cursor:
         position = position or {"drawn": {}, "not_begun": []}
         self._begins = {int(epoch): place for epoch, place in position["drawn"].items()}
         self._left: dict[int, list[Draw]] = {}
+        _require_few(sum(-(-(stop - start) // most) for _, start, stop in position["not_begun"]))
         for draw in sorted(Draw(*numbers) for numbers in position["not_begun"]):
             self._left.setdefault(draw.epoch, []).extend(draw.split(most))
 
@@ -137,6 +145,20 @@ class Cursor:
         return {"drawn": drawn, "not_begun": sorted(itertools.chain(not_begun, *left))}
 
 
+def _require_few(parts: int) -> None:
+    if parts > MOST_PARTS:
+        raise ValueError(
+            f"The position in the data that training is to go on from has {parts} parts that no worker had begun, more "
+            "than any run leaves: the checkpoint is damaged, or somebody has edited it. Resume from another one."
+        )
+
+
+def within(position: dict[str, Any], end: int) -> dict[str, Any]:
+    """The same position where an epoch has `end` samples: there may be fewer than when it was written."""
+    left = [(epoch, start, min(stop, end)) for epoch, start, stop in position["not_begun"] if start < end]
+    return {**position, "not_begun": left}
+
+
 def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: int | None) -> dict[str, Any] | None:
     """Where workers are that keep to shards, for a `Cursor`: of W, rank r has batches r, r + W, r + 2 W...
 
@@ -148,17 +170,25 @@ def position_of_shards(places: Sequence[tuple[int, int]], batch_size: int, end: 
     Returns:
         As `Cursor.position()`, with the first epoch that is not over; None where it depends on how long an epoch is,
         and that is not known.
+
+    Raises:
+        ValueError: More is left than in any run.
     """
     epochs = sorted(epoch for epoch, _ in places)
     if end is None and epochs[0] < epochs[-1]:
         return None
     most, width = 1 << 62 if end is None else end, len(places) * batch_size
     drawn, not_begun = {}, []
+    parts = epochs[-1] - epochs[0]
+    _require_few(parts)
     for epoch in range(epochs[0], epochs[-1] + 1):
         used = [number if at == epoch else (at > epoch) * most for at, number in places]
         drawn[epoch] = min(max(used) * width, most)
         for rank, number in enumerate(used):
-            starts = range(number * width + rank * batch_size, drawn[epoch], width)
+            first = number * width + rank * batch_size
+            parts += max(0, -(-(drawn[epoch] - first) // width))
+            _require_few(parts)
+            starts = range(first, drawn[epoch], width)
             not_begun += [Draw(epoch, start, min(start + batch_size, most)) for start in starts]
     return {"epoch": epochs[0], "drawn": drawn, "not_begun": sorted(not_begun)}
 

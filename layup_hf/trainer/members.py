@@ -217,7 +217,7 @@ class Members:
         name = b"".join(number for _, _, number in says)
         if given is not None:
             return given, name
-        if launches() > 1 and talk.rank == 0:
+        if launches() > 1 and talk.size > 1 and talk.rank == 0:
             logger.warning(
                 f"LayUp: {TOKEN_VARIABLE} is not set. Whoever reaches the store of this job over the network can join "
                 "it and change what is learnt. Set it to one secret on all machines, unless the network is yours alone."

@@ -16,7 +16,6 @@ from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
 from .muon import optimizer_of
 from .overrides import gather_for_overrides
-from .resumed import readable
 from .rollouts import check_generating_trainer, check_generation
 from .run import LayupRun
 from .straggler import StragglerCallback
@@ -25,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
+    return functools.wraps(method)
 
 
 if TYPE_CHECKING:
@@ -105,6 +109,16 @@ class LayupMixin(_Base):
         return self._layup
 
     # ---- Beginning and ending ----
+
+    @_like(Trainer.train)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, once all workers have found the same checkpoint, or none.
+
+        Raises:
+            ValueError: Some have not, or a file of it cannot be read.
+            RuntimeError: Another worker's cannot.
+        """
+        return super().train(self._layup.checkpoints.find(resume_from_checkpoint), *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with self._layup.model.wrapped_once():
@@ -251,8 +265,7 @@ class LayupMixin(_Base):
         self._layup.checkpoints.load_model(resume_from_checkpoint, stock)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(checkpoint):
-            super()._load_rng_state(checkpoint)
+        self._layup.checkpoints.load_random_state(checkpoint, functools.partial(super()._load_rng_state, checkpoint))
 
     # ---- The Hub ----
 
@@ -288,11 +301,6 @@ class LayupMixin(_Base):
         """
         check_search(self.args)
         return super().hyperparameter_search(*args, **kwargs)
-
-
-def _like(method: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
-    """Give a method the signature of another one: for people, for type checkers, and for `inspect`."""
-    return functools.wraps(method)
 
 
 class LayupTrainer(LayupMixin, Trainer):

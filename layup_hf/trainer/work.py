@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..fleet.data import travels
 from ..progress.ahead import Ahead
-from ..progress.cursor import Cursor, Draw, position_of_shards
+from ..progress.cursor import Cursor, Draw, position_of_shards, within
 from ..progress.sharing import SharedLoader, SharedStream
 from .checks import check_sharing
 from .host import Host
@@ -251,6 +251,8 @@ class WorkSharing:
             position = self._position_of_shards(loader, position["shards"], position.get("batch_size"))
         if position is None:  # a checkpoint of the stock Trainer, whose workers have all come as far
             position = {"epoch": epoch, "drawn": {epoch: round(updates * loader.mean_update)}, "not_begun": []}
+        if isinstance(loader, SharedLoader):
+            position = within(position, len(loader.sampler))
         self._position = None if self._host.args.ignore_data_skip else position
         return position["epoch"], 0
 

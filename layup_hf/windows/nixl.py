@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..device import Mark, queues_of
+from ..fleet import gate
 from ..fleet.data import travels
 from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
@@ -36,6 +37,7 @@ class Card:
     Attributes:
         rank: Its rank.
         address: How to connect to its NIXL agent.
+        sends_from: The addresses of its machine.
         specification: Of its model.
         wire_dtype: What it sends blocks as.
         signature: Proof that it knows the job's secret.
@@ -43,13 +45,14 @@ class Card:
 
     rank: int
     address: bytes
+    sends_from: tuple[str, ...]
     specification: Specification
     wire_dtype: str
     signature: bytes = b""
 
     def parts(self, job: bytes) -> tuple[bytes, ...]:
         """What is signed."""
-        described = repr((self.rank, self.specification, self.wire_dtype)).encode()
+        described = repr((self.rank, self.sends_from, self.specification, self.wire_dtype)).encode()
         return (b"card", job, described, self.address)
 
 
@@ -119,14 +122,18 @@ class NixlWindows:
 
         transport, layout = together(prepare, gather)
         try:
-            card = Card(rank, transport.address(), specification(blocks), wire_dtype)
+            sends_from = gate.addresses(os.environ.get("UCX_NET_DEVICES"))
+            card = Card(rank, transport.address(), sends_from, specification(blocks), wire_dtype)
             cards: list[Card] = gather(replace(card, signature=sign(token, *card.parts(job))))
 
-            def connect() -> tuple[Courier, Staging]:
+            def admit() -> None:
                 _require_trust(cards, token, job)
                 require_one_model([other.specification for other in cards])
                 if len({other.wire_dtype for other in cards}) > 1:
                     raise ValueError(f"Workers have different `wire_dtype`s: {[c.wire_dtype for c in cards]}.")
+                transport.admit(address for peer in peers for address in cards[peer].sends_from)
+
+            def connect() -> tuple[Courier, Staging]:
                 known = [Peer(peer, transport.connect(cards[peer].address), cards[peer].address) for peer in peers]
                 staging, serving = Staging(layout, transport), Serving(layout, transport)
                 pace = Pace(None if layout.device.type == "cuda" else BUDGET)
@@ -134,6 +141,7 @@ class NixlWindows:
                 courier = Courier(transport, ledger, known, staging, serving, pace, postmark)
                 return courier, staging
 
+            together(admit, gather)  # first: a packet that is not let in yet is sent again after a second
             courier, staging = together(connect, gather)
         except BaseException:
             transport.close()

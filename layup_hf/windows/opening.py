@@ -54,8 +54,18 @@ def require_one_model(specifications: Sequence[Specification]) -> None:
         )
 
 
-def together(action: Callable[[], _T], gather: Gather) -> _T:
-    """Do `action` on every worker; if it fails on one, raise on all, so that none is left waiting."""
+def together(action: Callable[[], _T], gather: Gather, what: str = "open its windows") -> _T:
+    """Do `action` on every worker; if it fails on one, raise on all, so that none is left waiting.
+
+    Args:
+        action: Collective or not.
+        gather: Collects one object from every worker.
+        what: What it does, for the others' message.
+
+    Raises:
+        Exception: As `action` raised it here.
+        RuntimeError: It has raised on another worker; with its rank and the reason.
+    """
     failure: Exception | None = None
     try:
         result = action()
@@ -66,5 +76,5 @@ def together(action: Callable[[], _T], gather: Gather) -> _T:
         raise failure
     for rank, message in enumerate(failures):
         if message is not None:
-            raise RuntimeError(f"Worker {rank} could not open its windows: {message}")
+            raise RuntimeError(f"Worker {rank} could not {what}: {message}")
     return result

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fleet.gate import Gate
 from .layout import Pieces
 
 
@@ -23,11 +24,15 @@ class Transport:
         name: Unique among all agents of the job.
         device: Of the memory.
 
+    Attributes:
+        name: The same.
+
     Raises:
         ValueError: NIXL is not installed.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
         # Both would write to the terminal about every connection that fails; the courier logs that once.
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
         os.environ.setdefault("UCX_LOG_LEVEL", "FATAL")
@@ -38,10 +43,20 @@ class Transport:
                 "Workers on several hosts exchange blocks through NIXL, which is not installed on "
                 f"{os.uname().nodename} ({error}): pip install 'layup_hf[nixl]'."
             ) from error
-        self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))  # its thread spins a core
+        with Gate.around() as self._gate:
+            self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))  # its thread spins a core
         self._kind = "VRAM" if device.type == "cuda" else "DRAM"
         self.device_number = (device.index or 0) if device.type == "cuda" else 0
         self._registrations: dict[int, Any] = {}
+
+    def admit(self, addresses: Iterable[str]) -> None:
+        """Let in who sends from these addresses, and nobody else; before that, nobody is let in."""
+        self._gate.admit(addresses)
+
+    @property
+    def ports(self) -> list[int]:
+        """Where this agent listens."""
+        return self._gate.ports
 
     def register(self, tensors: Sequence[Tensor]) -> None:
         """Let these contiguous tensors be written from, and to by whoever has their key."""

@@ -14,6 +14,7 @@ _MAGIC = b"LYUP"
 _VERSION = 1
 _SIGNATURE_BYTES = 16
 _JOB_BYTES = 16
+_LONGEST_KEY = 0xFFFF
 _HEAD = struct.Struct("<4sBBHH16sQ")  # magic, version, kind, sender, receiver, job, sequence
 _REPORT_HEAD = struct.Struct("<IQQdI")  # settled, done, tokens, loss, count
 _REQUEST_HEAD = struct.Struct("<QIQIH")  # number, block, address, device, bytes of the key
@@ -116,7 +117,8 @@ def decode(message: bytes, *, token: bytes, job: bytes, receiver: int, world_siz
     Raises:
         RefusedError: In any other case, whatever the bytes are.
     """
-    if len(message) < _HEAD.size + _SIGNATURE_BYTES:
+    longest = max(_REPORT_HEAD.size + num_blocks * REPORT.itemsize, _REQUEST_HEAD.size + _LONGEST_KEY)
+    if not _HEAD.size + _SIGNATURE_BYTES <= len(message) <= _HEAD.size + longest + _SIGNATURE_BYTES:
         raise RefusedError("length")
     head, body = message[: _HEAD.size], message[_HEAD.size : -_SIGNATURE_BYTES]
     magic, version, kind, sender, to, of_job, sequence = _HEAD.unpack(head)

@@ -206,26 +206,29 @@ class Lab:
     Args:
         hosts: How many.
         rate: Of every cable, in each direction; None for as fast as it goes.
+        outsiders: Further machines on the same switch, which take no part in what is launched.
 
     Attributes:
         name: Random; the namespaces' names begin with it.
         hosts: The hosts.
+        outsiders: The others.
 
     Raises:
         LabError: On entering, if there can be no lab here; says what to do.
     """
 
-    def __init__(self, hosts: int, rate: str | None = None) -> None:
+    def __init__(self, hosts: int, rate: str | None = None, outsiders: int = 0) -> None:
         self.name = f"lab{secrets.token_hex(3)}"
         self.switch = f"{self.name}-sw"
         self.hosts = [Host(self, index) for index in range(hosts)]
+        self.outsiders = [Host(self, index) for index in range(hosts, hosts + outsiders)]
         self._rate = rate
 
     def __enter__(self) -> Lab:
         reason = missing()
         if reason:
             raise LabError(reason)
-        names = [*(host.name for host in self.hosts), self.switch]
+        names = [*(host.name for host in (*self.hosts, *self.outsiders)), self.switch]
         # Its standard output is nobody's, so that a pipe at the lab's own is not held open by it.
         self._warden = subprocess.Popen(
             ["sh", "-c", WARDEN, "sh", *names],
@@ -240,7 +243,7 @@ class Lab:
             self._name_hosts()
             run("ip", "-n", self.switch, "link", "add", "name", "bridge0", "type", "bridge", "stp_state", "0")
             run("ip", "-n", self.switch, "link", "set", "bridge0", "up")
-            for host in self.hosts:
+            for host in (*self.hosts, *self.outsiders):
                 host._connect()
             if self._rate:
                 self.set_rate(self._rate)
@@ -259,13 +262,14 @@ class Lab:
 
     def set_rate(self, rate: str) -> None:
         """Limit both directions of all cables."""
-        for host in self.hosts:
+        for host in (*self.hosts, *self.outsiders):
             host.set_rate(rate)
 
     def _name_hosts(self) -> None:
         """Let hosts find each other by name: `ip netns exec` puts these files in the place of /etc/hosts."""
-        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in self.hosts)]
-        for host in self.hosts:
+        everybody = (*self.hosts, *self.outsiders)
+        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in everybody)]
+        for host in everybody:
             folder = f"/etc/netns/{host.name}"
             os.makedirs(folder)
             with open(f"{folder}/hosts", "w") as file:

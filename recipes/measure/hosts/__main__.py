@@ -4,6 +4,8 @@
     python -m recipes.measure.hosts loss --hosts 2          time to the same held-out loss, each at its best rate
     python -m recipes.measure.hosts faults --times 20       workers killed, frozen, cut off, slow and lossy links
     python -m recipes.measure.hosts memory --counts 2 4 8   memory of a worker, by the number of workers
+    python -m recipes.measure.hosts attack                  somebody on the network who does not know the secret
+    python -m recipes.measure.hosts attack --minutes 20     the same at random, in one run
     python -m recipes.measure.hosts soak --minutes 60       memory, descriptors and threads over a long run
     python -m recipes.measure.hosts show                    tables and pictures of what has been measured
 
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 
 from ..common.command import command_line
+from .attack import attack, show_attacks
 from .faults import faults, show_faults
 from .links import links, show_links
 from .loss import loss, show_loss
@@ -53,20 +56,35 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "loss": {"methods": ["layup", "ddp"], "steps": 300, "seconds": 60, "scale": "auto", **SMALL},
     "faults": {"hosts": 4, "methods": ["layup"], "steps": 600, **SMALL, "config_overrides": TINY},
     "memory": {"methods": ["layup"], "steps": 20, "batch_size": 4, "block_size": 64},
-    "soak": {"methods": ["layup"], **SMALL},
+    "soak": {"methods": ["layup"], "minutes": 60, **SMALL},
+    "attack": {"methods": ["layup"], "steps": 400, **SMALL, "config_overrides": TINY},
 }
 
 
 def show(options: argparse.Namespace) -> None:
     """Everything that is in the folder."""
-    kinds = {"links": show_links, "memory": show_memory, "faults": show_faults, "loss": show_loss}
+    kinds = {
+        "links": show_links,
+        "memory": show_memory,
+        "faults": show_faults,
+        "loss": show_loss,
+        "attack": show_attacks,
+    }
     for kind, table in kinds.items():
         for file in sorted(options.folder.glob(f"hosts-{kind}*.json")):
             print(f"\n## {file.name}")
             table(json.loads(file.read_text()))
 
 
-MEASURES = {"links": links, "loss": loss, "faults": faults, "memory": memory, "soak": soak, "show": show}
+MEASURES = {
+    "links": links,
+    "loss": loss,
+    "faults": faults,
+    "memory": memory,
+    "attack": attack,
+    "soak": soak,
+    "show": show,
+}
 
 
 def main() -> None:
@@ -78,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["10gbit", "1gbit", "100mbit"])
     parser.add_argument("--scale", default=None, help="of the rates: a number, or auto; 1, for the loss auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=None, help="of a run: 8; for the loss 60 of DDP")
+    parser.add_argument("--seconds", type=float, default=None, help="of a run or an attack: 8; for the loss 60 of DDP")
     parser.add_argument("--steps", type=int, default=None, help="of every worker on average")
     parser.add_argument("--batch_size", type=int, default=None)
     parser.add_argument("--block_size", type=int, default=None)
@@ -92,7 +110,9 @@ def main() -> None:
     )
     parser.add_argument("--at_once", type=int, default=1, help="runs with faults, in labs of their own")
     parser.add_argument("--lease_seconds", type=float, default=5)
-    parser.add_argument("--minutes", type=float, default=60, help="of the soak")
+    parser.add_argument("--minutes", type=float, default=None, help="of the soak: 60; of random attacks")
+    parser.add_argument("--tokens", nargs="+", default=["set", "unset"], choices=["set", "unset"], help="LAYUP_TOKEN")
+    parser.add_argument("--bound", type=float, default=10, help="seconds that an attack may let a worker stand still")
     parser.add_argument("--most_growth", type=float, default=2, help="percent of memory per hour that a soak may add")
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
     options, options.rest = parser.parse_known_args()

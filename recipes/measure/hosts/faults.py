@@ -17,6 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ class Place:
         self.lab, self.rate, self.runs = lab, options.rates[0], 0
         self.forkers = [Forker(host) for host in self.lab.hosts] if options.fork else None
 
-    def start(self, folder: Path, arguments: list[str]) -> HostsRun:
+    def start(self, folder: Path, arguments: list[str], environment: Mapping[str, str] | None = None) -> HostsRun:
         """A run at a port of its own."""
         self.runs += 1
-        return HostsRun(self.lab, folder, "train", arguments, self.forkers, 29500 + self.runs)
+        return HostsRun(self.lab, folder, "train", arguments, self.forkers, 29500 + self.runs, environment)
 
     def clear(self, run: HostsRun) -> None:
         """End all workers of a run, and what is wrong with the links."""

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,16 @@ class Forker:
                 return json.loads(answer)
         raise RuntimeError(f"The process that starts workers in {self.host.name} has ended.")
 
-    def start(self, arguments: Sequence[str], workers: int, port: int, log: Path) -> ForkedLauncher:
-        """Fork a worker; its output is appended to a log. `port` is that of rank 0's store."""
+    def start(
+        self, arguments: Sequence[str], workers: int, port: int, log: Path, more: Mapping[str, str] | None = None
+    ) -> ForkedLauncher:
+        """Fork a worker; its output is appended to a log. `port` is that of rank 0's store, `more` for the worker's
+        environment.
+        """
         rank = str(self.host.index)
         environment = {"RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": str(workers), "GROUP_WORLD_SIZE": str(workers)}
         environment |= {"MASTER_ADDR": self.host.lab.hosts[0].address, "MASTER_PORT": str(port)}
+        environment |= more or {}
         return ForkedLauncher(self, self.ask(do="start", arguments=arguments, environment=environment, log=str(log)))
 
     def pids(self) -> list[int]:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class HostsRun:
         arguments: For it.
         forkers: One for each host: workers are forked instead of launched.
         port: Of rank 0's store.
+        environment: Further variables of all workers.
 
     Attributes:
         launchers: The present launcher of each host.
@@ -48,7 +49,9 @@ class HostsRun:
         arguments: Sequence[str],
         forkers: Sequence[Forker] | None = None,
         port: int = 29500,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self.environment = dict(environment or {})
         self.lab, self.folder, self.forkers, self.port = lab, folder, forkers, port
         self.arguments = [what, f"--folder={folder}", "--host={host}", *arguments]
         self.launchers: list[subprocess.Popen | ForkedLauncher] = [self.start(host) for host in lab.hosts]
@@ -58,9 +61,9 @@ class HostsRun:
         file = self.folder / f"log-{host.index}.txt"
         if self.forkers is not None:
             arguments = [argument.replace("{host}", str(host.index)) for argument in self.arguments]
-            return self.forkers[host.index].start(arguments, len(self.lab.hosts), self.port, file)
+            return self.forkers[host.index].start(arguments, len(self.lab.hosts), self.port, file, self.environment)
         with file.open("a") as log:
-            options = {"stdout": log, "stderr": subprocess.STDOUT}
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "env": self.environment}
             return self.lab.launch(WORKER, self.arguments, [host], self.port, **options)[0]
 
     def restart(self, host: Host) -> None:

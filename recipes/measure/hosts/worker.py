@@ -29,7 +29,7 @@ from ..common.meters import PeakMemory, Stopwatch
 from ..common.text import load_blocks
 from ..common.trainers import METHODS
 from .files import read_lines
-from .meters import LinkMeter, Notes, Samples, StopAfter
+from .meters import LinkMeter, Notes, Pace, Samples, StopAfter
 from .scale import GPT2_BYTES_PER_SECOND
 
 EVALUATIONS = 6  # until the loss that is to be reached
@@ -203,9 +203,10 @@ def train(bench: Bench) -> None:
         samples.start()
     meter = Stopwatch(bench.state.device)
     args = bench.args()
-    ends = [StopAfter(60 * options.minutes)] if options.minutes else []
+    more: list[TrainerCallback] = [StopAfter(60 * options.minutes)] if options.minutes else []
+    more += [Pace(options.pace)] if options.pace else []
     with PeakMemory(bench.state.device, options.memory) as memory:
-        trainer = bench.trainer(options.methods[0], args, [notes, meter, *ends])
+        trainer = bench.trainer(options.methods[0], args, [notes, meter, *more])
         trainer.train()
         notes.note(event="trained")
         samples.ended.set()
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--pace", type=float, default=0)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--block_size", type=int, required=True)
     parser.add_argument("--blocks", type=int, default=100_000)

@@ -1,0 +1,74 @@
+"""A real UCX client that nobody has asked for, and somebody whom it talks to. Input begins with an order in JSON.
+
+`listen`: has an agent as a worker has one, its gate opened to the addresses that the order names, and prints where it
+listens and where some memory is that it has told nobody of; prints what is in there when a line comes.
+`write`: knows the port and that place alone, and writes there.
+`send`: connects to an agent whose address it has learnt, under a name of its choice, and sends messages.
+"""
+
+import json
+import os
+import struct
+import sys
+import time
+
+import torch
+
+from layup_hf.windows.transport import Transport
+
+CPU = torch.device("cpu")
+SIZE = 64
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+def until(condition, transport, seconds):
+    """Whether it comes true within so many seconds, while the transport is moved forward."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        transport.receive()
+        time.sleep(0.001)
+    return condition()
+
+
+def listen(admits):
+    transport = Transport("worker", CPU)
+    transport.admit(admits)
+    private = torch.zeros(SIZE, dtype=torch.uint8)
+    say(port=transport.ports[0], place=private.data_ptr())
+    os.set_blocking(0, False)
+    until(lambda: sys.stdin.readline() or None, transport, 280)
+    say(private=int(private.sum()))
+
+
+def write(port, place):
+    """Takes this agent's own address, and puts the other's port in the place of its own."""
+    transport = Transport("stranger", CPU)
+    mine = torch.full((SIZE,), 7, dtype=torch.uint8)
+    transport.register([mine])
+    own, other = (struct.pack("!H", number) for number in (transport.ports[0], port))
+    say(begins=True)
+    name = transport.connect(transport.address().replace(own, other).replace(b"stranger", b"somebody"))
+    key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", place))
+    transport.accept_key(key.replace(b"stranger", b"somebody"), name)
+    handle = transport.write(name, [(mine.data_ptr(), SIZE)], [(place, SIZE)], 0)
+    say(written=until(lambda: transport.is_written(handle), transport, 20))
+
+
+def send(address, name, messages, times):
+    transport = Transport(name, CPU)
+    peer = transport.connect(bytes.fromhex(address))
+    for number in range(times):
+        transport.send(peer, bytes.fromhex(messages[number % len(messages)]))
+        transport.receive()
+    until(lambda: False, transport, 1)
+    say(sent=times)
+
+
+if __name__ == "__main__":
+    order = json.loads(sys.stdin.readline())
+    {"listen": listen, "write": write, "send": send}[order.pop("do")](**order)
+    sys.stdout.flush()
+    os._exit(0)
