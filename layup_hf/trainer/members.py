@@ -130,6 +130,8 @@ class Members:
             self.membership.leave()  # of an earlier training
             self.membership = None
         if self.workers == 1:
+            self.token = draw_token()
+            self.job_name = hashlib.sha256(self.token).digest()[:16]
             return torch.distributed.HashStore
         job, lease = self._find_job()
         self.token = token = job.connect().token if self._state.is_outside else self.token

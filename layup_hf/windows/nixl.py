@@ -131,7 +131,8 @@ class NixlWindows:
                 require_one_model([other.specification for other in cards])
                 if len({other.wire_dtype for other in cards}) > 1:
                     raise ValueError(f"Workers have different `wire_dtype`s: {[c.wire_dtype for c in cards]}.")
-                transport.admit(address for peer in peers for address in cards[peer].sends_from)
+                # this worker, too: UCX connects to itself
+                transport.admit(address for card in cards for address in card.sends_from)
 
             def connect() -> tuple[Courier, Staging]:
                 known = [Peer(peer, transport.connect(cards[peer].address), cards[peer].address) for peer in peers]

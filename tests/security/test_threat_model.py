@@ -17,7 +17,7 @@ SENTENCES = {
     ),
     "They can see what listens, and connect.": ("recipes/measure/hosts/test_outsider.py::test_what_listens_is_found"),
     "They cannot have anything run in a worker: nothing that comes over the network is unpickled.": (
-        "fleet/test_data.py::test_what_says_anything_else_is_refused"
+        "fleet/test_said.py::test_what_says_anything_else_is_refused"
     ),
     "They cannot take part: the job's store listens to nobody who has not proved to know the secret.": (
         "fleet/test_store.py::test_what_is_no_proof_closes_the_connection"

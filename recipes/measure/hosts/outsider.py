@@ -102,6 +102,15 @@ class Target:
         self.notes["open ports"] = [f"{host}:{port}" for host, port in found]
         return found
 
+    def answering(self) -> list[tuple[str, int]]:
+        """Those places that take a connection from here: of others, what is sent is dropped."""
+        found = []
+        for place in self.ports:
+            with contextlib.suppress(OSError):
+                socket.create_connection(place, timeout=0.3).close()
+                found.append(place)
+        return found
+
     def stores(self) -> list[Store]:
         """A connection to each store of torch's that answers, without any prefix."""
         return [store for place in self.ports if (store := connect(*place)) is not None]
@@ -329,8 +338,9 @@ def replayed_requests(target: Target) -> None:
 
 def guessed_secret(target: Target) -> None:
     """Speak to the job's own store as a worker does, with a secret that is none; go on as if it had been taken."""
+    places = target.answering()
     for _ in target.until_over(0.05):
-        for place in target.ports:
+        for place in places:
             with contextlib.suppress(OSError), socket.create_connection(place, timeout=0.3) as one:
                 hello = channel.Hello.unpack(one.recv(channel.HELLO_BYTES))
                 target.notes["store of the job"] = f"{place[0]}:{place[1]}"
@@ -376,9 +386,9 @@ def write_to(transport: Any, host: str, port: int) -> None:
 
 def half_open(target: Target) -> None:
     """Connect to every port many times, and say nothing."""
-    held = []
+    held, places = [], target.answering()
     for _ in range(200):
-        for place in target.ports:
+        for place in places:
             with contextlib.suppress(OSError):
                 held.append(socket.create_connection(place, timeout=1))
     target.count("connections held", len(held))
@@ -387,8 +397,9 @@ def half_open(target: Target) -> None:
 
 def garbage(target: Target) -> None:
     """Random bytes to every port, each time in a new connection."""
+    places = target.answering()
     for _ in target.until_over(0.005):
-        with contextlib.suppress(OSError), socket.create_connection(target.draw.choice(target.ports), 0.2) as one:
+        with contextlib.suppress(OSError), socket.create_connection(target.draw.choice(places), 0.2) as one:
             one.sendall(target.draw.randbytes(target.draw.choice((1, 8, 64, 4096, 1 << 18))))
             target.count("connections")
 
@@ -396,7 +407,7 @@ def garbage(target: Target) -> None:
 def drip(target: Target) -> None:
     """To every port a byte now and then, of a message that never ends."""
     held = []
-    for place in target.ports:
+    for place in target.answering():
         with contextlib.suppress(OSError):
             held.append(socket.create_connection(place, timeout=1))
     for _ in target.until_over(0.2):

@@ -145,7 +145,7 @@ def saved():
         channel.pack([b'{"array": 0}', b"short"]),
         channel.pack([b'{"array": 0}', (2**60).to_bytes(8, "little") + b"{}"]),
         channel.pack([b'{"object": ["os.system", "true"]}']),
-        channel.pack([b'{"object": ["test_data.Place", "few"]}']),
+        channel.pack([b'{"object": ["test_said.Place", "few"]}']),
         channel.pack([b'{"dict": [[[], 1]]}']),
         channel.pack([b'{"dict": 5}']),
         channel.pack([b"1"])[:-1],
