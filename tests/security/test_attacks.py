@@ -28,7 +28,7 @@ def place():
 
 def test_training_goes_on_as_if_nobody_had_attacked_it(place):
     """Every attack, one after the other, and random ones: all steps are made, mass is exact, and nobody stood still."""
-    outcome = attacked(place, MODEL, "all", steps=1000, seconds=SECONDS, bound=30)
+    outcome = attacked(place, MODEL, "all", steps=2000, seconds=SECONDS, bound=30)
     assert outcome.problems == [], outcome
     assert outcome.masses == [2.0]
     assert [note["attack"] for note in outcome.notes] == list(ATTACKS)

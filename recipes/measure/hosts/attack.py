@@ -109,7 +109,7 @@ def attacked(
         problems.append(f"{made} steps were made instead of {steps * len(ends)}")
     problems += [f"on host {host.index} a thread has died" for host in lab.hosts if DIED in run.log(host)]
     problems += [f"mass {mass} instead of {len(lab.hosts)}" for mass in masses if mass != len(lab.hosts)]
-    if all(ends) and not any(entry.get("layup/merges") for mine in entries for entry in mine):
+    if any("nothing was merged" in run.log(host) for host in lab.hosts):
         problems.append("nothing was exchanged")
     if pause > bound:
         problems.append(f"a worker stood still for {pause:.1f} s")
