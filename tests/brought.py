@@ -189,7 +189,8 @@ class Allocate(TrainerCallback):
     """AdaLoRA moves ranks between layers by their gradients, after the step."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        model.base_model.update_and_allocate(state.global_step)
+        self.own_steps = getattr(self, "own_steps", 0) + 1  # what it allocates by comes from its own gradients
+        model.base_model.update_and_allocate(self.own_steps)
 
 
 def adalora() -> Brought:
