@@ -16,7 +16,7 @@ class Options:
         default=None,
         metadata={
             "help": "Offers per block and step. Unset: one to every neighbour, up to 7 (all peers on this host, over "
-            "a network those 1, 2, 4, 8, ... ranks on); on GPUs, of these as many as can be merged in a fiftieth of a step."
+            "a network those 1, 2, 4, 8, ... ranks on); on GPUs, as many of these as a fiftieth of a step allows."
         },
     )
     windows: Literal["auto", "shared", "nixl"] = field(
