@@ -16,13 +16,14 @@ import contextlib
 import ctypes
 import ipaddress
 import logging
-import os
 import socket
 import struct
 import threading
 from collections.abc import Container, Iterable, Iterator
 
 import psutil
+
+from .sockets import opened, sockets
 
 logger = logging.getLogger(__name__)
 
@@ -76,26 +77,26 @@ class Gate:
     def around(cls) -> Iterator[Gate]:
         """A gate at every socket that begins to listen within."""
         with _around_one:
-            gate, before = cls(), set(_sockets(listening=True))
+            gate, before = cls(), set(sockets(listening=True))
             yield gate
             gate.close_new(before)
 
     def close_new(self, before: Container[str]) -> None:
         """Be the gate at all sockets that listen and did not before, and close it."""
-        self._places = {name: place for name, place in _sockets(listening=True).items() if name not in before}
+        self._places = {name: place for name, place in sockets(listening=True).items() if name not in before}
         self.admit([])
         self._end_connections()
 
     @property
     def ports(self) -> list[int]:
         """Where there is somebody listening behind this gate."""
-        return [one.getsockname()[1] for one in self._opened()]
+        return [one.getsockname()[1] for one in opened(self._places)]
 
     def admit(self, senders: Iterable[str]) -> None:
         """Let in packets from these addresses, and no others. Says so once if this system cannot do that."""
         code = _program(senders)
         program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-        for one in self._opened():
+        for one in opened(self._places):
             try:
                 one.setsockopt(
                     socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(code), ctypes.addressof(program))
@@ -108,18 +109,10 @@ class Gate:
                         f"port {one.getsockname()[1]} can write to this worker's memory: use a private network."
                     )
 
-    def _opened(self) -> Iterator[socket.socket]:
-        """Each socket, as far as it is still the same one."""
-        for name, place in self._places.items():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{place}") == name:
-                    with socket.socket(fileno=os.dup(place)) as one:
-                        yield one
-
     def _end_connections(self) -> None:
         ports = set(self.ports)
-        for place in _sockets(listening=False).values():
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(place)) as one:
+        for one in opened(sockets(listening=False)):
+            with contextlib.suppress(OSError):
                 if one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockname()[1] in ports:
                     one.shutdown(socket.SHUT_RDWR)
 
@@ -141,16 +134,3 @@ def _keep(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[tuple[
         rest = 2 * (len(words) - 1 - number) + 1  # lines that remain of this address
         lines += [(_LOAD, 0, 0, _NETWORK + _SOURCE[address.version] + 4 * number), (_EQUAL, 0, rest, word)]
     return [*lines, (_RETURN, 0, 0, _ALL)]
-
-
-def _sockets(listening: bool) -> dict[str, int]:
-    """Descriptors of this process's sockets that listen, or that do not, by the names that Linux gives them."""
-    found = {}
-    for place in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            name = os.readlink(f"/proc/self/fd/{place}")
-            if name.startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(place))) as one:
-                    if bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) == listening:
-                        found[name] = int(place)
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import os
 import socket
 import sys
 from datetime import timedelta
@@ -16,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed import PrefixStore, ProcessGroup, Store
 from torch.distributed import distributed_c10d as c10d
 
+from .sockets import opened, sockets
 from .talk import Talk
 
 _FORMING = timedelta(seconds=60)
@@ -51,7 +51,7 @@ class Group:
         backend = PartialState().backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        before = _connected_sockets()
+        before = sockets(listening=False)
         torch.distributed.init_process_group(
             backend, store=PrefixStore(f"group/{era}", store), rank=rank, world_size=world_size, timeout=_FORMING
         )
@@ -61,16 +61,14 @@ class Group:
         c10d._set_pg_timeout(timeout)
         if group is not None:
             c10d._set_pg_timeout(timeout, group)
-        self._sockets = {name: place for name, place in _connected_sockets().items() if name not in before}
+        self._sockets = {name: place for name, place in sockets(listening=False).items() if name not in before}
         _tell_accelerate(rank, world_size, backend)
 
     def abort(self) -> None:
         """Let every collective of this group raise, in whichever thread it waits. Idempotent, for any thread."""
-        for name, place in self._sockets.items():
+        for connection in opened(self._sockets):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{place}") == name:  # still the same one
-                    with socket.socket(fileno=os.dup(place)) as connection:
-                        connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         world = torch.distributed.group.WORLD
         if world is not None and torch.distributed.get_backend() == "nccl":
             world.abort()
@@ -115,20 +113,6 @@ def is_of_group(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
-
-
-def _connected_sockets() -> dict[str, int]:
-    """Descriptor of each connected socket of this process, by the name that Linux gives it."""
-    found = {}
-    for place in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            name = os.readlink(f"/proc/self/fd/{place}")
-            if not name.startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(place))) as connection:
-                if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    found[name] = int(place)
-    return found
 
 
 def _tell_accelerate(rank: int, world_size: int, backend: str) -> None:

@@ -1,5 +1,6 @@
 """A socket behind a gate is reached from the addresses that are let in, and from no other."""
 
+import json
 import os
 import shutil
 import socket
@@ -108,15 +109,18 @@ def test_a_socket_that_has_been_closed_is_left_alone():
 def test_a_user_without_privilege_has_a_gate_or_is_told_that_there_is_none():
     """socket(7) asks for no privilege; there are kernels that do."""
     script = (
-        "import socket, sys, types\n"
-        "gate = types.ModuleType('gate'); exec(sys.stdin.read(), vars(gate))\n"
+        "import json, socket, sys, types; sys.modules['fleet'] = types.ModuleType('fleet')\n"
+        "for name, source in json.load(sys.stdin).items():\n"
+        "    module = sys.modules[f'fleet.{name}'] = types.ModuleType(f'fleet.{name}')\n"
+        "    module.__package__ = 'fleet'; exec(source, vars(module))\n"
+        "gate = module\n"
         "with gate.Gate.around() as made: one = socket.create_server(('127.0.0.1', 0))\n"
         "made.admit(['127.0.0.9'])\n"
         "try: socket.create_connection(one.getsockname(), 0.4); print('open')\n"
         "except TimeoutError: print('closed')\n"
     )
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-    source = (ROOT / "layup_hf/fleet/gate.py").read_text()
+    source = json.dumps({name: (ROOT / f"layup_hf/fleet/{name}.py").read_text() for name in ("sockets", "gate")})
     command = [*as_nobody, sys.executable, "-c", script]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
     if "PermissionError" in done.stderr or "ModuleNotFoundError" in done.stderr:
