@@ -19,7 +19,9 @@ collectives: Counter[str] = Counter()
 
 @atexit.register  # before there is a trainer, so it comes after whatever a trainer leaves for the end
 def say_whether_the_group_is_left() -> None:
-    print(f"the process group is {'left' if torch.distributed.is_initialized() else 'destroyed'} at exit", flush=True)
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    is_left = torch.distributed.is_initialized() or any("gloo" in name for name in threads)
+    print(f"the process group is {'left' if is_left else 'destroyed'} at exit", flush=True)
 
 
 def count_collectives() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -44,10 +45,19 @@ class Talk:
     """
 
     def __init__(self, token: bytes, name: bytes, group: ProcessGroup | None) -> None:
-        self._token, self._name, self._group = token, name, group
+        self._token, self._name = token, name
+        # Not to keep it: torch ends the threads of a group of gloo with the last reference to it.
+        self._weak_group = weakref.ref(group) if group is not None else None
         self._count = 0
         self.rank = 0 if group is None else torch.distributed.get_rank(group)
         self.size = 1 if group is None else torch.distributed.get_world_size(group)
+
+    @property
+    def _group(self) -> ProcessGroup:
+        group = self._weak_group() if self._weak_group is not None else None
+        if group is None:
+            raise torch.distributed.DistError("The process group of these workers has ended.")
+        return group
 
     def gather(self, item: _T) -> list[_T]:
         """One object of every worker, in the order of ranks. Collective.
@@ -57,7 +67,7 @@ class Talk:
             Unproven: Somebody has said what cannot be.
             RuntimeError: The group has lost a worker.
         """
-        if self._group is None:
+        if self._weak_group is None:
             return [item]
         message = self._signed(data.encode(item), self.rank)
         if len(message) > MOST_BYTES:
@@ -116,7 +126,7 @@ class Talk:
         Raises:
             Unproven: One does not.
         """
-        if self._group is None:
+        if self._weak_group is None:
             return
         others = [rank for rank in range(self.size) if rank != self.rank]
         mine = {rank: _tensor(self._signed(b"", self.rank, rank), SIGNATURE_BYTES) for rank in others}
