@@ -102,7 +102,7 @@ def _address_towards(host: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))
             return probe.getsockname()[0]
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: it cannot be a name
         raise ValueError(
             f"The host {host!r} (MASTER_ADDR, `--main_process_ip` of the launcher) cannot be reached: {error}."
         ) from error

@@ -302,7 +302,7 @@ class Job:
             )
         try:
             store = JobStore(host, int(port))
-        except (OSError, DistNetworkError) as error:
+        except (OSError, DistNetworkError, TypeError, UnicodeError) as error:  # the last two: it cannot be a name
             raise ValueError(
                 f"join={place!r}: no job answers there, as it has ended or is not reached from here. {error}"
             ) from error

@@ -97,9 +97,11 @@ def test_an_unknown_interface_is_refused_with_those_that_there_are():
         Network.find("eth99", "127.0.0.1")
 
 
-def test_a_host_that_is_not_reached_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'::1' \(MASTER_ADDR, `--main_process_ip`.*cannot be reached"):
-        Network.find(None, "::1")  # not by IPv4
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("host", ["::1", "no-such-host.invalid", "two words", "a" * 300, "ä" * 80])
+def test_a_host_that_is_not_reached_is_refused_by_name(host):
+    with pytest.raises(ValueError, match=rf"'{host}' \(MASTER_ADDR, `--main_process_ip`.*cannot be reached"):
+        Network.find(None, host)  # by IPv4
 
 
 def test_what_is_started_later_uses_the_interface():

@@ -393,6 +393,13 @@ def test_a_place_where_nobody_listens_is_refused_soon():
     assert time.monotonic() - began < 12
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "two words", "a" * 300, "ä" * 80])
+def test_a_host_whose_name_leads_nowhere_is_refused(host):
+    with pytest.raises(ValueError, match=rf"join='{host}:29500': no job answers there"):
+        Job.at(f"{host}:29500")
+
+
 def test_a_place_that_says_nothing_is_refused_soon():
     """A host behind a firewall: connections are not even refused."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
