@@ -243,6 +243,59 @@ class Adversarial:
         return loss
 
 
+class BackwardInLoss:
+    """Of all parts of a batch but the last."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        parts = inputs["input_ids"].split(2)
+        labels = inputs["labels"].split(2)
+        total = 0.0
+        for ids, target in zip(parts, labels, strict=True):
+            part = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), target.flatten()) / len(parts)
+            if ids is not parts[-1]:
+                part.backward()  # so that memory holds the activations of one part
+                part = part.detach()
+            total = total + part
+        return total
+
+
+class CachedLoss(nn.Module):
+    """Gradient caching: the loss of the whole batch, and when backward comes to it, one backward for each part."""
+
+    def __init__(self, within=None):
+        super().__init__()
+        self.within = within
+
+    def forward(self, model, inputs):
+        if self.within is not None:
+            return self.within(model, inputs)
+        parts = inputs["input_ids"].split(2)
+        with torch.no_grad():
+            logits = torch.cat([model(input_ids=part).logits for part in parts]).requires_grad_()
+        loss = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+        gradients = torch.autograd.grad(loss, logits)[0].split(2)
+
+        def learn(scale):
+            with torch.enable_grad():
+                for part, gradient in zip(parts, gradients, strict=True):
+                    (model(input_ids=part).logits * gradient).sum().mul(scale).backward()
+
+        loss = loss.detach().requires_grad_()
+        loss.register_hook(learn)
+        return loss
+
+
+class OwnLoss:
+    """A loss of the trainer's own, as sentence-transformers' trainers have one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss = CachedLoss(CachedLoss())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.loss(model, inputs)
+
+
 # ---- Gradients that are read or changed after backward ----
 
 
@@ -566,6 +619,8 @@ BROUGHT: dict[str, Callable[[], Brought]] = {
     "two losses": lambda: Brought(gpt2(), (TwoLosses,)),
     "two halves": lambda: Brought(gpt2(), (TwoHalves,)),
     "adversarial": lambda: Brought(gpt2(), (Adversarial,)),
+    "backward in the loss": lambda: Brought(gpt2(), (BackwardInLoss,)),
+    "cached gradients": lambda: Brought(gpt2(), (OwnLoss,)),
     "mask in the step": lambda: Brought(gpt2(), (MaskInStep,), options={"weight_decay": 0.0}),
     "values clipped in the step": lambda: Brought(gpt2(), (ValueInStep,)),
     "mask in a callback": lambda: Brought(gpt2(), callbacks=[MaskInCallback()], options={"weight_decay": 0.0}),

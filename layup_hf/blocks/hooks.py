@@ -26,7 +26,9 @@ class BlockHooks:
     be complete until backward has ended: `finish_backward()` completes it.
 
     `before_forward` comes right before the first use of the block after its last step, in training only: not in
-    evaluation, not in the recomputation of gradient checkpointing, not again inside an accumulation window.
+    evaluation, not in the recomputation of gradient checkpointing, not again inside an accumulation window. A forward
+    without a gradient is a use, too: what it computes may meet what the same weights compute later in the step, as in
+    gradient caching.
 
     Args:
         blocks: The model's blocks.
@@ -223,8 +225,10 @@ class BlockHooks:
         index, in_use = block.index, self._in_use
 
         def before_forward(module: nn.Module, _: object) -> None:
-            if in_use[index] or self._is_muted or not module.training or not torch.is_grad_enabled():
+            if in_use[index] or self._is_muted or not module.training:
                 return
+            if self._is_learning and not torch.is_grad_enabled():
+                return  # which later steps may do without
             self._begin_use_of(block)
 
         return torch.compiler.disable(before_forward) if self._stays_outside else before_forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -128,6 +128,12 @@ class TrainerHost:
     @property
     def generates(self) -> bool:
         return all(hasattr(self._trainer, member) for member in OF_GENERATING)
+
+    @property
+    def losses(self) -> list[Callable[..., Any]]:
+        own = getattr(self._trainer, "loss", None)  # of sentence-transformers' trainers: one, or one for each data set
+        found = [getattr(self._trainer, "compute_loss_func", None), *(own.values() if isinstance(own, dict) else [own])]
+        return [loss for loss in found if callable(loss)]
 
     # ---- What it counts ----
 

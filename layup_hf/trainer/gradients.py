@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from ..optim.optimizer import BlockOptimizer
@@ -17,6 +18,9 @@ _KNOWN = ("transformers", "layup_hf", "trl", "accelerate", "peft")
 
 _OF_GRADIENTS = {"grad", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "update_and_allocate"}
 """Names that code has which reads or changes gradients; the last one is AdaLoRA's."""
+
+_BACKWARD = {"backward", "register_hook"}
+"""Names that the code of a loss has which runs backward itself, there or (gradient caching) when it is reached."""
 
 
 def reasons_for_all(optimizer: BlockOptimizer, scaler: Any) -> Iterator[str]:
@@ -35,12 +39,15 @@ def reasons_for_all(optimizer: BlockOptimizer, scaler: Any) -> Iterator[str]:
         yield f"{name} cannot skip the step of a block on the device, as `fp16` needs"
 
 
-def reasons_of_users(callbacks: Iterable[TrainerCallback], trainer: type) -> Iterator[str]:
+def reasons_of_users(
+    callbacks: Iterable[TrainerCallback], trainer: type, losses: Iterable[Callable[..., Any]] = ()
+) -> Iterator[str]:
     """What of the user's own code may want the whole gradient, as far as the code tells.
 
     Args:
         callbacks: Of the trainer.
         trainer: Its class.
+        losses: Functions and modules that compute the loss from what the model gives.
     """
     for callback in callbacks:
         before, after = (_own(type(callback), name) for name in ("on_pre_optimizer_step", "on_optimizer_step"))
@@ -49,15 +56,21 @@ def reasons_of_users(callbacks: Iterable[TrainerCallback], trainer: type) -> Ite
             yield f"callback {name} has an `on_pre_optimizer_step`, which gradients are for"
         elif after is not None and _OF_GRADIENTS & set(_names(after.__code__)):
             yield f"callback {name} reads gradients in `on_optimizer_step`"
-    for method in ("training_step", "_clip_grad_norm", "_get_grad_norm"):
+    for loss in losses:
+        parts = loss.modules() if isinstance(loss, nn.Module) else [loss]  # of the model, too, which does no such thing
+        for part in parts:
+            if any(_BACKWARD & set(_names(code)) for code in _code_of(part)):
+                name = getattr(part, "__name__", type(part).__name__)
+                yield f"the loss {name} runs backward itself, once for each part of a batch"
+    for method in ("training_step", "compute_loss", "_clip_grad_norm", "_get_grad_norm"):
         function = _own(trainer, method)
         if function is None:
             continue
         names = list(_names(function.__code__))
         if _OF_GRADIENTS & set(names):
             yield f"{trainer.__name__}.{method} reads gradients"
-        elif method == "training_step" and ("backward" in names or names.count("training_step") > 1):
-            yield f"{trainer.__name__}.training_step runs backward itself"
+        elif "backward" in names or names.count("training_step") > 1:
+            yield f"{trainer.__name__}.{method} runs backward itself"
 
 
 def _own(kind: type, name: str) -> Any:
@@ -67,6 +80,20 @@ def _own(kind: type, name: str) -> Any:
     if not inspect.isfunction(function) or function.__name__ == "<lambda>" or package.split(".")[0] in _KNOWN:
         return None
     return function
+
+
+def _code_of(loss: Callable[..., Any]) -> Iterator[CodeType]:
+    """The code of a function, or of all methods of a module, but for those that every module has."""
+    of_all = set(nn.Module.__mro__)
+    methods = (
+        [loss]
+        if not isinstance(loss, nn.Module)
+        else [method for kind in type(loss).__mro__ if kind not in of_all for method in vars(kind).values()]
+    )
+    for method in methods:
+        code = getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
+        if code is not None:
+            yield code
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,7 @@ class Host(Protocol):
         current_flos: Floating-point operations since they were last stored.
         accumulation: Batches of the present step, by which the Trainer divides the loss.
         generates: Whether it generates what it learns from, within its steps.
+        losses: Functions and modules of the user that compute the loss from what the model gives.
         hub_model_id: The repository, once it is known.
         push_in_progress: What is being uploaded.
     """
@@ -80,6 +81,8 @@ class Host(Protocol):
     def steps_averaged(self) -> int: ...
     @property
     def generates(self) -> bool: ...
+    @property
+    def losses(self) -> list[Callable[..., Any]]: ...
 
     optimizer: torch.optim.Optimizer
     state: TrainerState

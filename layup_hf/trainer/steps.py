@@ -81,7 +81,7 @@ class BlockSteps:
                 f"`clip='estimate'` and this training exclude each other: {needs[0]}, and blocks would step in "
                 "backward, one by one. Set `clip='exact'`, or leave it at 'auto'."
             )
-        wants = list(reasons_of_users(host.callbacks.callbacks, host.kind))
+        wants = list(reasons_of_users(host.callbacks.callbacks, host.kind, host.losses))
         self._clips_exactly = clip == "exact" or (clip == "auto" and bool(needs or wants))
         if clip == "auto" and self._clips_exactly and host.is_first:
             logger.warning(

@@ -335,14 +335,23 @@ def test_writing_a_block_before_forward_is_seen_by_the_whole_step(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_before_forward_does_not_come_in_evaluation_or_without_gradient(name):
+def test_before_forward_does_not_come_in_evaluation(name):
+    model, batch = build(name)
+    recorder = Recorder(model)
+    loss_of(model.eval(), batch)
+    assert recorder.started == []
+    loss_of(model.train(), batch)
+    assert sorted(recorder.started) == recorder.all_once
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_forward_without_gradient_is_a_use_of_the_step(name):
     model, batch = build(name)
     recorder = Recorder(model)
     with torch.no_grad():
         loss_of(model, batch)
-    loss_of(model.eval(), batch)
-    assert recorder.started == []
-    loss_of(model.train(), batch)
+    assert sorted(recorder.started) == recorder.all_once
+    loss_of(model, batch).backward()
     assert sorted(recorder.started) == recorder.all_once
 
 

@@ -58,16 +58,25 @@ def pairs(seed, count):
     return datasets.Dataset.from_list(rows)
 
 
+def labelled(seed, count):
+    """Pairs of which one in three is said to belong together."""
+    return pairs(seed, count).add_column("label", [number % 3 for number in range(count)])
+
+
 def train(data, make_loss, **options):
     model = make_model()
+    loss = make_loss(model)
+    own = {} if isinstance(loss, dict) else {n: p for n, p in loss.named_parameters() if not n.startswith("model.")}
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
     fixed = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     args = Config(str(FOLDER / "out"), per_device_train_batch_size=4, num_train_epochs=1, **fixed, **options)
-    trainer = Trainer(model=model, args=args, train_dataset=data, loss=make_loss(model))
+    trainer = Trainer(model=model, args=args, train_dataset=data, loss=loss)
     output = trainer.train()
     return {
         "steps": output.global_step,
         "loss": output.training_loss,
-        "same": all(same_everywhere(parameter.detach()) for parameter in model.parameters()),
+        "same": all(same_everywhere(parameter.detach()) for parameter in (*model.parameters(), *own.values())),
+        "trained of the loss": [name for name, parameter in own.items() if not parameter.equal(before[name])],
     }
 
 
@@ -90,6 +99,8 @@ results = {
     "several": train(both, ranking),
     "several of datasets": train(datasets.DatasetDict(both), lambda model: {"a": ranking(model), "b": ranking(model)}),
     "no duplicates": train(pairs(1, 64), ranking, batch_sampler="no_duplicates"),
+    "cached": train(pairs(1, 64), lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)),
+    "with parameters": train(labelled(1, 64), lambda model: losses.SoftmaxLoss(model, 16, num_labels=3)),
     "gathers": refused(pairs(1, 64), lambda model: ranking(model, gather_across_devices=True)),
 }
 write_result(rank, results)

@@ -2,12 +2,13 @@
 
 `listen`: has an agent as a worker has one, its gate opened to the addresses that the order names, and prints where it
 listens and where some memory is that it has told nobody of; prints what is in there when a line comes.
-`write`: knows the port and that place alone, and writes there.
+`write`: knows the host, its port and that place alone, and writes there.
 `send`: connects to an agent whose address it has learnt, under a name of its choice, and sends messages.
 """
 
 import json
 import os
+import socket
 import struct
 import sys
 import time
@@ -43,14 +44,17 @@ def listen(admits):
     say(private=int(private.sum()))
 
 
-def write(port, place):
-    """Takes this agent's own address, and puts the other's port in the place of its own."""
+def write(to, port, place):
+    """Takes this agent's own address, and puts the other's in the place of its own."""
     transport = Transport("stranger", CPU)
+    transport.admit([os.environ["LAB_ADDRESS"]])  # UCX connects to itself
     mine = torch.full((SIZE,), 7, dtype=torch.uint8)
     transport.register([mine])
-    own, other = (struct.pack("!H", number) for number in (transport.ports[0], port))
+    address = transport.address().replace(b"stranger", b"somebody")
+    address = address.replace(struct.pack("!H", transport.ports[0]), struct.pack("!H", port))
+    address = address.replace(socket.inet_aton(os.environ["LAB_ADDRESS"]), socket.inet_aton(to))
     say(begins=True)
-    name = transport.connect(transport.address().replace(own, other).replace(b"stranger", b"somebody"))
+    name = transport.connect(address)
     key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", place))
     transport.accept_key(key.replace(b"stranger", b"somebody"), name)
     handle = transport.write(name, [(mine.data_ptr(), SIZE)], [(place, SIZE)], 0)

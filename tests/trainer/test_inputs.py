@@ -118,6 +118,8 @@ def said(caplog):
         ("norms after the step", "callback NormsAfterStep reads gradients in `on_optimizer_step`"),
         ("mask in the step", "Brought.training_step reads gradients"),
         ("two halves", "Brought.training_step runs backward itself"),
+        ("backward in the loss", "Brought.compute_loss runs backward itself"),
+        ("cached gradients", "the loss CachedLoss runs backward itself, once for each part of a batch"),
         ("adversarial", "Brought.training_step reads gradients"),
     ],
 )

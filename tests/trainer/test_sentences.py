@@ -35,9 +35,11 @@ def test_sentence_transformers_trains(tmp_path):
     for found in (first.pop("gathers"), second.pop("gathers")):
         assert "gather_across_devices=True) and LayUp with several workers exclude each other" in found["message"]
     # Of 64 pairs each worker has 8 batches of 4; with 33 more there are 16 + 8 batches for both.
-    steps = {"one": 8, "several": 12, "several of datasets": 12, "no duplicates": 8}
+    steps = {"one": 8, "several": 12, "several of datasets": 12, "no duplicates": 8, "cached": 8, "with parameters": 8}
     assert {name: found["steps"] for name, found in first.items()} == steps
     for name, found in first.items():
         assert found["same"]
         assert second[name]["same"]
         assert math.isfinite(found["loss"])
+        classifier = ["classifier.weight", "classifier.bias"] if name == "with parameters" else []
+        assert found["trained of the loss"] == classifier

@@ -1,5 +1,6 @@
 """Real UCX clients that are none of the workers: what they could do, and what stops them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,26 +15,48 @@ from torch import nn
 from layup_hf.ledger import effective_masses
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import wire
+from recipes.measure.common import lab as lab_module
+from recipes.measure.common.lab import INTERFACE, Lab
 
 ENVIRONMENT = {**os.environ, **LOOPBACK, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def start(**order):
+@contextlib.contextmanager
+def start(host=None, **order):
+    """On a host of a lab; unset: here. Ends with the context."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, str(SCRIPTS / "stranger.py")], env=ENVIRONMENT, **pipes)
+    command = [sys.executable, str(SCRIPTS / "stranger.py")]
+    if host is None:
+        process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+    else:
+        process = host.popen(command, env={**ENVIRONMENT, "UCX_NET_DEVICES": INTERFACE}, **pipes)
     print(json.dumps(order), file=process.stdin, flush=True)
-    return process
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def answer(process):
     return json.loads(process.stdout.readline())
 
 
-@pytest.mark.parametrize(("admits", "gets_in"), [(["127.0.0.1"], True), (["127.0.0.9", "::1"], False), ([], False)])
-def test_a_port_is_all_that_it_takes_to_write_into_a_worker_so_it_is_open_to_workers_alone(admits, gets_in):
+@pytest.fixture(scope="module")
+def lab():
+    if (why := lab_module.missing()) is not None:
+        pytest.skip(why)
+    with Lab(hosts=1, outsiders=1) as made:
+        yield made
+
+
+@pytest.mark.parametrize("gets_in", [True, False])
+def test_a_port_is_all_that_it_takes_to_write_into_a_worker_so_it_is_open_to_workers_alone(lab, gets_in):
     """The first case shows what UCX allows: neither an address of an agent nor a key is known to the stranger."""
-    with start(do="listen", admits=admits) as worker:
-        with start(do="write", **answer(worker)) as stranger:
+    (own,), (other,) = lab.hosts, lab.outsiders
+    admits = [own.address, other.address] if gets_in else [own.address]
+    with start(own, do="listen", admits=admits) as worker:
+        with start(other, do="write", to=own.address, **answer(worker)) as stranger:
             assert answer(stranger) == {"begins": True}
             if gets_in:
                 assert answer(stranger) == {"written": True}
@@ -43,7 +66,7 @@ def test_a_port_is_all_that_it_takes_to_write_into_a_worker_so_it_is_open_to_wor
                 stranger.kill()
         worker.stdin.write("done\n")
         worker.stdin.flush()
-        assert answer(worker)["private"] == (7 * 64 if gets_in else 0)
+        assert answer(worker) == {"private": 7 * 64 if gets_in else 0}
 
 
 @pytest.fixture

@@ -121,7 +121,8 @@ class Host:
         Args:
             command: Program and arguments.
             env: Added to this process's environment, and to what keeps libraries on the link: `e0` for gloo and UCX,
-                and TCP for UCX, which would find that all hosts have one kernel and go round the link through memory.
+                and TCP for UCX, which would find that all hosts have one kernel and go round the link through memory;
+                LAB_ADDRESS is the host's.
             options: As of `subprocess.Popen`.
         """
         environment = {
@@ -132,6 +133,7 @@ class Host:
             "UCX_TLS": "tcp",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",  # there is no way out of the lab
+            "LAB_ADDRESS": self.address,
             **(env or {}),
         }
         named = ["unshare", "--uts", "sh", "-c", f'echo {self.name} >/proc/sys/kernel/hostname; exec "$@"', "sh"]

@@ -362,17 +362,25 @@ def forged_transfer(target: Target) -> None:
     """With a real UCX client, write where no process has memory: what lets itself be written to dies of it."""
     from layup_hf.windows.transport import Transport
 
+    clients = []
     for place in target.ports:
-        if os.fork() == 0:  # to connect where nobody answers takes minutes, and cannot be given up
+        pid = os.fork()
+        if pid == 0:  # to connect where nobody answers takes minutes, and cannot be given up
+            code = 1
             with contextlib.suppress(Exception):
                 write_to(Transport(f"stranger-{place[1]}", torch.device("cpu")), *place)
-            os._exit(0)
+                code = 0
+            os._exit(code)
+        clients.append(pid)
         target.count("ports written to")
     time.sleep(max(target.seconds, _UCX_SECONDS))
+    ended = [status for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in clients) if pid]
+    target.count("clients that failed", sum(os.waitstatus_to_exitcode(status) == 1 for status in ended))
 
 
 def write_to(transport: Any, host: str, port: int) -> None:
     """Take this agent's own address, put another's in its place, and write to the first page of its memory."""
+    transport.admit([os.environ["LAB_ADDRESS"]])  # UCX connects to itself
     mine, name = torch.full((64,), 7, dtype=torch.uint8), transport.name.encode()
     transport.register([mine])
     own = socket.inet_aton(os.environ["LAB_ADDRESS"]), struct.pack("!H", transport.ports[0])
