@@ -16,7 +16,7 @@ _SHOWN = ("layup_hf", "torch", "transformers", "accelerate")
 def installed() -> dict[str, str]:
     """Version of each library that matters, and of Python."""
     versions = {}
-    for library in (*_SHOWN, "nixl"):
+    for library in (*_SHOWN, "nixl", "llvmlite"):
         try:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

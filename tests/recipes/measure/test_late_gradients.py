@@ -1,8 +1,6 @@
 """What takes LayUp apart in one process: `local_adam.py` and `late_gradients.py`."""
 
 import json
-import os
-import subprocess
 import sys
 from fractions import Fraction
 
@@ -10,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT
 from stock import gpt2
 
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.optim.matrices import layer_matrices
 from layup_hf.optim.muon import MuonAdamW
+from recipes.measure import late_gradients, local_adam
 from recipes.measure.late_gradients import Optimizer, Replicas, make_replicas, matrices_of
 
 TASK = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--vocab_size=300", "--learning_rates=1e-2",
@@ -82,30 +80,35 @@ def test_muon_steps_the_matrices_of_layers_as_the_real_one():
             assert torch.allclose(value - step, parameter, rtol=1e-4, atol=1e-5)
 
 
-def measure(name, folder, *options):
-    command = [sys.executable, "-m", f"recipes.measure.{name}", *TASK, f"--folder={folder}", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout, json.loads((folder / f"{name.replace('_', '-')}.json").read_text())
+@pytest.fixture
+def measure(monkeypatch, tmp_path, capsys):
+    """Runs one of the two by its command line; what it has printed, and its results."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *TASK, f"--folder={tmp_path}", *options])
+        {"late_gradients": late_gradients, "local_adam": local_adam}[name].main()
+        return capsys.readouterr().out, json.loads((tmp_path / f"{name.replace('_', '-')}.json").read_text())
+
+    return run
 
 
-def test_both_train_the_same(tmp_path):
+def test_both_train_the_same(measure):
     """What one calls DDP is what the other calls the mean; the rest differs from it, and from each other."""
-    table, late = measure("late_gradients", tmp_path)
+    table, late = measure("late_gradients")
     losses = {(run["at_once"], run["looks_ahead"]): run["loss"] for run in late}
     assert losses.keys() == {(number, ahead) for number in (0, 1, 2) for ahead in (False, True)}
     assert len(set(losses.values())) == 6
     assert "| LayUp, 2 at once | yes |" in table
 
-    table, local = measure("local_adam", tmp_path)
+    table, local = measure("local_adam")
     by_rule = {run["rule"]: run["loss"] for run in local}
     assert by_rule.keys() == {"mean", "local", "compared", "in time"}
     assert len(set(by_rule.values())) == 4
     assert by_rule["mean"] == losses[0, False]
     assert "| compared |" in table
 
-    table, both = measure("late_gradients", tmp_path, "--whole", "--momentum", "nesterov", "--computing", "1", "2")
+    table, both = measure("late_gradients", "--whole", "--momentum", "nesterov", "--computing", "1", "2")
     whole = {run["at_once"]: run["loss"] for run in both if run["whole"]}
     assert whole[1] == pytest.approx(losses[1, True], rel=1e-6)  # nobody steps meanwhile, so it is the same
     assert whole[2] != pytest.approx(losses[2, True], rel=1e-6)  # the last block is read after the other has stepped it
@@ -113,7 +116,7 @@ def test_both_train_the_same(tmp_path):
     late = both
 
     table, several = measure(
-        *("late_gradients", tmp_path, "--optimizer", "muon", "--second_moment", "mean", "own"),
+        *("late_gradients", "--optimizer", "muon", "--second_moment", "mean", "own"),
         *("--computing", "0", "2", "--momentum", "nesterov"),
     )
     muon = {(run["second_moment"], run["at_once"]): run["loss"] for run in several if run["optimizer"] == "muon"}
@@ -122,7 +125,7 @@ def test_both_train_the_same(tmp_path):
     assert "| LayUp, 2 at once, Muon, own second moments | yes |" in table
     late = several
 
-    again, more = measure("late_gradients", tmp_path, "--seeds", "1", "2", "--computing", "0")
+    again, more = measure("late_gradients", "--seeds", "1", "2", "--computing", "0")
     assert more[: len(late)] == late  # what has been made is not made again
     assert [run["seed"] for run in more[len(late) :]] == [2, 2]
     assert "(2)" in again
