@@ -56,7 +56,7 @@ REFUSED = {
     "windows='network'": ({"windows": "network"}, "use 'auto', 'shared' or 'nixl'"),
     "clip='always'": ({"clip": "always"}, "'estimate' or 'exact'"),
     "windows=''": ({"windows": ""}, "use 'auto', 'shared' or 'nixl'"),
-    "wire_dtype='fp8'": ({"wire_dtype": "fp8"}, "use 'fp32' or 'bf16'"),
+    "wire_dtype='fp8'": ({"wire_dtype": "fp8"}, "use 'fp32', 'bf16', 'int8' or 'int4'"),
     "`wire_dtype='bf16'` and `windows='shared'`": (
         {"wire_dtype": "bf16", "windows": "shared"},
         "Leave `wire_dtype` unset, or use windows='auto' or 'nixl'",

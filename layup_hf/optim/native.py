@@ -1,30 +1,23 @@
-"""The one pass on a CPU: machine code for this processor, made by LLVM when training begins.
-
-llvmlite is LLVM in a wheel: no compiler, no header and no cache is needed, and it takes a tenth of a second.
-"""
+"""The one pass on a CPU: machine code for this processor, made when training begins."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
+from ..machine_code import ADDRESS, FLOAT, INDEX, compile_module, load, loop, number
 from .arithmetic import stepped, towards
 from .table import BY_ROW, BYTES, PEERS, Column, Scalar, Table
 
 _LEAST = 1 << 16
 """Numbers that are worth a thread of their own."""
 
-_engines: list[Any] = []  # they own the code
-
-_FLOAT, _INDEX, _ADDRESS = ir.FloatType(), ir.IntType(64), ir.PointerType()
 _EXACT = ("contract",)  # a product and a sum may be rounded once
 _SUM = ("contract", "reassoc")  # terms may be added in any order
 
@@ -67,22 +60,8 @@ class NativePass:
 @functools.cache  # for the process: so nothing frees code that is in use
 def _code(merges: int, compares: bool) -> Callable[[int, int, int], None]:
     """The function that takes the number of tensors, their addresses and their scalars."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    module = llvm.parse_assembly(str(_module(merges, compares)))
-    module.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = True
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)  # each owns its machine
-    engine.finalize_object()
-    _engines.append(engine)
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
-    return kind(engine.get_function_address("step_block"))
+    return kind(compile_module(_module(merges, compares))("step_block"))
 
 
 def _call(code: Callable[[int, int, int], None], table: Table) -> None:
@@ -94,24 +73,24 @@ def _module(merges: int, compares: bool) -> ir.Module:
     """`step_block(tensors, addresses, scalars)`, which calls `step_row` for every row of every tensor."""
     module = ir.Module("one_pass")
     row = _step_row(module, merges, compares)
-    kind = ir.FunctionType(ir.VoidType(), [_INDEX, _ADDRESS, _ADDRESS])
+    kind = ir.FunctionType(ir.VoidType(), [INDEX, ADDRESS, ADDRESS])
     function = ir.Function(module, kind, "step_block")
     count, addresses, scalars = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    with _loop(builder, count) as tensor:
-        words = builder.mul(tensor, ir.Constant(_INDEX, Table.columns(merges)))
-        its = [_load(builder, _INDEX, addresses, builder.add(words, _number(c))) for c in range(Table.columns(merges))]
-        floats = builder.mul(tensor, ir.Constant(_INDEX, Table.numbers(merges)))
-        its_scalars = builder.gep(scalars, [floats], source_etype=_FLOAT)
+    with loop(builder, count) as tensor:
+        words = builder.mul(tensor, ir.Constant(INDEX, Table.columns(merges)))
+        its = [load(builder, INDEX, addresses, builder.add(words, number(c))) for c in range(Table.columns(merges))]
+        floats = builder.mul(tensor, ir.Constant(INDEX, Table.numbers(merges)))
+        its_scalars = builder.gep(scalars, [floats], source_etype=FLOAT)
         rows, width = its[Column.ROWS], its[Column.WIDTH]
-        with _loop(builder, rows) as number:
-            of_row = builder.mul(builder.mul(number, width), _number(BYTES))
-            of_rows = builder.mul(number, _number(BYTES))
+        with loop(builder, rows) as row_number:
+            of_row = builder.mul(builder.mul(row_number, width), number(BYTES))
+            of_rows = builder.mul(row_number, number(BYTES))
             places = []
             for column, address in enumerate(its):
                 if column not in (Column.ROWS, Column.WIDTH):
                     offset = of_rows if column in BY_ROW else of_row
-                    places.append(builder.inttoptr(builder.add(address, offset), _ADDRESS))
+                    places.append(builder.inttoptr(builder.add(address, offset), ADDRESS))
             builder.call(row, [width, its_scalars, *places])
     builder.ret_void()
     return module
@@ -120,44 +99,44 @@ def _module(merges: int, compares: bool) -> ir.Module:
 def _step_row(module: ir.Module, merges: int, compares: bool) -> ir.Function:
     """`step_row(width, scalars, places...)`, with the places in the order of `Column` and then of the peers."""
     places = Table.columns(merges) - 2
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INDEX, _ADDRESS, *[_ADDRESS] * places]), "step_row")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INDEX, ADDRESS, *[ADDRESS] * places]), "step_row")
     function.linkage = "internal"
     function.attributes.add("noinline")
     width, scalars, *places = function.args
     for place in places:
         place.add_attribute("noalias")  # peers may write theirs meanwhile, and each number is read once
     builder = ir.IRBuilder(function.append_basic_block())
-    sums = [builder.alloca(_FLOAT) for _ in range(2)]
+    sums = [builder.alloca(FLOAT) for _ in range(2)]
     for total in sums:
-        builder.store(ir.Constant(_FLOAT, 0.0), total)
+        builder.store(ir.Constant(FLOAT, 0.0), total)
 
-    def number_at(place: Any, index: Any) -> _Float:
-        return _Float(builder, _load(builder, _FLOAT, place, index))
+    def element(place: Any, index: Any) -> _Float:
+        return _Float(builder, load(builder, FLOAT, place, index))
 
     factor, ahead_share, first_share, second_share, rate, decay, root_scale, epsilon, *weights = (
-        number_at(scalars, _number(scalar)) for scalar in range(Table.numbers(merges))
+        element(scalars, number(scalar)) for scalar in range(Table.numbers(merges))
     )
-    length = number_at(places[Column.LENGTH], _number(0))
-    root = module.declare_intrinsic("llvm.sqrt", [_FLOAT])
-    with _loop(builder, width) as index:
-        value, gradient, first, second = (number_at(places[column], index) for column in range(4))
+    length = element(places[Column.LENGTH], number(0))
+    root = module.declare_intrinsic("llvm.sqrt", [FLOAT])
+    with loop(builder, width) as index:
+        value, gradient, first, second = (element(places[column], index) for column in range(4))
         for peer, weight in enumerate(weights):
-            value = towards(value, number_at(places[PEERS - 2 + peer], index), weight)
+            value = towards(value, element(places[PEERS - 2 + peer], index), weight)
         gradient = gradient * factor
         if compares:
-            difference = first - number_at(places[Column.THEIR_FIRST], index)
+            difference = first - element(places[Column.THEIR_FIRST], index)
             for total, term in zip(sums, (difference * difference, second), strict=True):
-                builder.store(builder.fadd(builder.load(total, typ=_FLOAT), term.value, flags=_SUM), total)
+                builder.store(builder.fadd(builder.load(total, typ=FLOAT), term.value, flags=_SUM), total)
         ahead = towards(first, gradient, ahead_share)
         first = towards(first, gradient, first_share)
         second = towards(second, gradient * gradient, second_share)
         of_second = _Float(builder, builder.call(root, [second.value]))
         value = stepped(value, ahead, of_second, length, rate, decay, root_scale, epsilon)
         for column, new in ((Column.VALUE, value), (Column.FIRST, first), (Column.SECOND, second)):
-            builder.store(new.value, builder.gep(places[column], [index], source_etype=_FLOAT))
+            builder.store(new.value, builder.gep(places[column], [index], source_etype=FLOAT))
     if compares:
         for total, column in zip(sums, (Column.SQUARE, Column.SECOND_OF_ROW), strict=True):
-            builder.store(builder.fdiv(builder.load(total, typ=_FLOAT), builder.sitofp(width, _FLOAT)), places[column])
+            builder.store(builder.fdiv(builder.load(total, typ=FLOAT), builder.sitofp(width, FLOAT)), places[column])
     builder.ret_void()
     return function
 
@@ -179,29 +158,3 @@ class _Float:
 
     def __truediv__(self, other: _Float) -> _Float:
         return _Float(self.builder, self.builder.fdiv(self.value, other.value, flags=_EXACT))
-
-
-def _number(value: int) -> Any:
-    return ir.Constant(_INDEX, value)
-
-
-def _load(builder: ir.IRBuilder, kind: Any, place: Any, index: Any) -> Any:
-    return builder.load(builder.gep(place, [index], source_etype=kind), typ=kind)
-
-
-@contextlib.contextmanager
-def _loop(builder: ir.IRBuilder, count: Any) -> Iterator[Any]:
-    """What is built inside runs for each index from 0 up to `count`."""
-    before = builder.block
-    head, body, after = (builder.append_basic_block() for _ in range(3))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(_INDEX)
-    index.add_incoming(_number(0), before)
-    builder.cbranch(builder.icmp_signed("<", index, count), body, after)
-    builder.position_at_end(body)
-    yield index
-    following = builder.add(index, _number(1), flags=("nsw",))
-    index.add_incoming(following, builder.block)
-    builder.branch(head)
-    builder.position_at_end(after)

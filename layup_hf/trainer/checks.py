@@ -54,8 +54,8 @@ def check_options(args: Any) -> None:
     if windows == "nixl" and importlib.util.find_spec("nixl") is None:
         raise ValueError("windows='nixl' needs the package nixl: pip install 'layup_hf[nixl]'.")
     wire_dtype = getattr(args, "wire_dtype", "fp32")
-    if wire_dtype not in ("fp32", "bf16"):
-        raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32' or 'bf16'.")
+    if wire_dtype not in ("fp32", "bf16", "int8", "int4"):
+        raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32', 'bf16', 'int8' or 'int4'.")
     if wire_dtype != "fp32" and windows == "shared":
         raise ValueError(
             f"`wire_dtype={wire_dtype!r}` and `windows='shared'` exclude each other: shared memory is read in place. "

@@ -26,11 +26,12 @@ class Options:
             "`auto`: shared for peers on the same host, NIXL for the others."
         },
     )
-    wire_dtype: Literal["fp32", "bf16"] = field(
+    wire_dtype: Literal["fp32", "bf16", "int8", "int4"] = field(
         default="fp32",
         metadata={
-            "help": "What a block is sent as over a network: `fp32`, as it is, or `bf16`: half the bytes of a block "
-            "in fp32, rounded."
+            "help": "What a block in fp32 is sent as over a network: `fp32`, as it is; `bf16`, rounded: half of the "
+            "bytes; `int8` or `int4`: 8 or 4 bits of each number, a quarter or an eighth of the bytes, by which the "
+            "receiver finds it near its own one."
         },
     )
     merge_at: Literal["boundary", "backward", "arrival"] = field(

@@ -17,6 +17,7 @@ from . import wire
 from .contacts import Contacts
 from .pace import Pace
 from .peers import Peer, Postmark
+from .receiving import Receiving
 from .reports import REPEAT_EVERY, Reporter
 from .serving import Serving
 from .staging import Slot, Staging
@@ -36,6 +37,7 @@ class Courier:
         ledger: What is reported, and where the peers' reports are written down.
         peers: Whom to talk to, connected.
         staging: Where blocks arrive.
+        receiving: Makes blocks of what arrives.
         serving: Writes blocks to peers.
         pace: How often to look.
         postmark: Makes and reads messages.
@@ -51,12 +53,13 @@ class Courier:
         ledger: Ledger,
         peers: list[Peer],
         staging: Staging,
+        receiving: Receiving,
         serving: Serving,
         pace: Pace,
         postmark: Postmark,
     ) -> None:
-        self._transport, self._ledger, self._staging, self._serving = transport, ledger, staging, serving
-        self._pace, self._postmark = pace, postmark
+        self._transport, self._ledger, self._pace, self._postmark = transport, ledger, pace, postmark
+        self._staging, self._receiving, self._serving = staging, receiving, serving
         self._peers = {peer.rank: peer for peer in peers}
         self._by_name = {peer.name: peer for peer in peers}
         self._contacts = Contacts(transport, staging, serving, pace)
@@ -109,6 +112,8 @@ class Courier:
         }
         if self.refused:
             figures["layup/refused_messages"] = float(sum(self.refused.values()))
+        if self._receiving.resent:
+            figures["layup/resent_blocks"] = float(self._receiving.resent)
         return figures
 
     def close(self) -> None:
@@ -196,16 +201,20 @@ class Courier:
             case wire.Request():
                 if content.number < peer.wanted_number:
                     raise wire.RefusedError("number")
+                if content.steps and len(content.steps) != self._serving.layout.num_steps[content.block]:
+                    raise wire.RefusedError("steps")
                 if content.number > peer.wanted_number:
-                    peer.wanted, peer.wanted_number = content, content.number
-                elif peer.wanted is None:  # it has been written, and the peer does not know
-                    self._contacts.attempt(peer, lambda p: self._send(p, wire.Answer(content.number, content.block)))
+                    peer.wanted, peer.wanted_number, peer.answer = content, content.number, None
+                elif (answer := peer.answer) is not None:  # which has not got there
+                    self._contacts.attempt(peer, lambda p: self._send(p, answer))
             case wire.Answer():
                 slot = peer.request or peer.aside
                 if content.number > peer.requests:
                     raise wire.RefusedError("number")
                 if slot is not None and (slot.number, slot.block) == (content.number, content.block):
-                    self._arrived(peer, slot)  # else it has come before
+                    if not content.is_written and not slot.steps:
+                        raise wire.RefusedError("answer")
+                    self._arrived(peer, slot, content.is_written)  # else it has come before
 
     def _take_report(self, peer: Peer, report: wire.Report) -> None:
         state = (report.done, report.tokens, report.loss)
@@ -235,6 +244,7 @@ class Courier:
             peer, slot.block = self._peers[choice[0]], choice[1]
             peer.requests += 1
             slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
+            self._receiving.prepare(slot)
             peer.request = slot
             idle.remove(peer.rank)
             self._contacts.attempt(peer, self._send_request)
@@ -260,18 +270,21 @@ class Courier:
         if slot is not None:
             peer.asked_at = time.monotonic()
             address, device = slot.buffer.data_ptr(), self._transport.device_number
-            self._send(peer, wire.Request(slot.number, slot.block, address, device, slot.key))
+            how = (slot.seed, slot.steps)
+            self._send(peer, wire.Request(slot.number, slot.block, address, device, slot.key, *how))
 
-    def _arrived(self, peer: Peer, slot: Slot) -> None:
+    def _arrived(self, peer: Peer, slot: Slot, is_written: bool) -> None:
         if slot is peer.aside:
             self._staging.take_back(slot)
         peer.request = peer.aside = None
-        self._bytes += self._serving.layout.num_bytes[slot.block]
-        if slot.settled == self._ledger.settled and not slot.is_doubtful:
+        self._bytes += self._receiving.num_bytes(slot) if is_written else 0
+        is_current = slot.settled == self._ledger.settled and not slot.is_doubtful
+        if is_current and self._receiving.accept(slot, is_written):
             self._staging.ready[peer.rank, slot.block] = slot
         else:
             self._staging.give_back(slot)
 
     def _serve(self, peer: Peer) -> None:
         if (answer := self._serving.advance(peer, self._looked)) is not None:
+            peer.answer = answer
             self._send(peer, answer)

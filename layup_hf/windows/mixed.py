@@ -82,7 +82,7 @@ def open_windows(
         gather: Collects one object from every worker.
         token: The job's secret.
         job: Names the job and the era, differently each time that windows are opened.
-        wire_dtype: What blocks are sent over the network as: "fp32" or "bf16".
+        wire_dtype: What blocks are sent over the network as: "fp32", "bf16", "int8" or "int4".
         may_end: Whether workers may end while others go on: see `SharedWindows.open`.
 
     Raises:

@@ -22,6 +22,7 @@ from .layout import Layout
 from .opening import Specification, require_one_model, specification, together
 from .pace import BUDGET, Pace
 from .peers import Peer, Postmark
+from .receiving import Receiving
 from .serving import Serving
 from .staging import Staging
 from .transport import Transport
@@ -64,7 +65,8 @@ class NixlWindows:
     network and the wait for the boundary make it, and a slow network carries as much as it can: a slot that is free
     goes to the block that has not been merged for the longest.
 
-    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` a buffer more.
+    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` a buffer more;
+    with "int8" three buffers of a quarter of it, with "int4" of an eighth.
 
     Make it with `NixlWindows.open`.
     """
@@ -102,7 +104,8 @@ class NixlWindows:
             peers: Workers that are reached over the network.
             token: The job's secret.
             job: Names the job and the era, differently each time that windows are opened.
-            wire_dtype: "fp32" sends blocks as they are, "bf16" sends tensors in fp32 as bf16.
+            wire_dtype: "fp32" sends blocks as they are, "bf16" sends tensors in fp32 as bf16, "int8" and "int4" with so
+                many bits for each number, by what the receiver knows of it: see `coding.py`.
 
         Raises:
             ValueError: NIXL is not installed, or the workers have different secrets or models.
@@ -139,7 +142,7 @@ class NixlWindows:
                 staging, serving = Staging(layout, transport), Serving(layout, transport)
                 pace = Pace(None if layout.device.type == "cuda" else BUDGET)
                 postmark = Postmark(token, job, rank, len(cards), len(blocks))
-                courier = Courier(transport, ledger, known, staging, serving, pace, postmark)
+                courier = Courier(transport, ledger, known, staging, Receiving(layout), serving, pace, postmark)
                 return courier, staging
 
             together(admit, gather)  # first: a packet that is not let in yet is sent again after a second

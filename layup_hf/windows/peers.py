@@ -40,6 +40,7 @@ class Peer:
         aside: The same, if it has been lost or silent since, so that another slot stands in for it.
         wanted: What it asks for, until that has been written.
         wanted_number: Number of the last request from it.
+        answer: To that, once it has been given.
         write: Handle of the write to it that is under way.
         buffer: What that goes out from, if another buffer stands in for it.
         keys: Memory of it that this worker can write to.
@@ -69,6 +70,7 @@ class Peer:
     aside: Slot | None = None
     wanted: wire.Request | None = None
     wanted_number: int = 0
+    answer: wire.Answer | None = None
     write: Any = None
     buffer: Tensor | None = None
     keys: set[bytes] = field(default_factory=set)

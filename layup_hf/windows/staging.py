@@ -20,8 +20,10 @@ class Slot:
         buffer: The bytes.
         key: What the peer needs to write here.
         views: For each block, its tensors in the buffer.
+        coded: For each block, how and where they lie there if it comes coded.
         peer, block: What it holds or is to hold.
         number: Of the request.
+        seed, steps: How it is coded; no steps: not at all.
         settled: How often this worker had settled when it asked: what comes from before a consensus point is not used.
         used: On CUDA, when the training thread's work on it will have ended.
         is_doubtful: Whether the connection of the peer that was asked has broken since: what was under way on it may
@@ -33,7 +35,10 @@ class Slot:
         self.buffer = layout.new_buffer()
         transport.register([self.buffer])
         self.key = transport.key(self.buffer)
-        self.views = [layout.views(self.buffer, block) for block in range(len(layout.num_bytes))]
+        blocks = range(len(layout.num_bytes))
+        self.views = [layout.views(self.buffer, block) for block in blocks]
+        self.coded = [layout.coded_views(self.buffer[layout.size :], block) for block in blocks]
+        self.seed, self.steps = 0, tuple[float, ...]()
         self.peer = self.block = self.number = self.settled = -1
         self.used: torch.cuda.Event | None = None
         self.is_doubtful = False

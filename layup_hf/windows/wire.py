@@ -9,16 +9,21 @@ import numpy as np
 
 from ..fleet.secret import is_signed, sign
 from ..ledger import REPORT
+from .layout import MOST_STEPS
 
 _MAGIC = b"LYUP"
-_VERSION = 1
+_VERSION = 2
 _SIGNATURE_BYTES = 16
 _JOB_BYTES = 16
 _LONGEST_KEY = 0xFFFF
 _HEAD = struct.Struct("<4sBBHH16sQ")  # magic, version, kind, sender, receiver, job, sequence
 _REPORT_HEAD = struct.Struct("<IQQdI")  # settled, done, tokens, loss, count
-_REQUEST_HEAD = struct.Struct("<QIQIH")  # number, block, address, device, bytes of the key
-_ANSWER = struct.Struct("<QI")  # number, block
+_REQUEST_HEAD = struct.Struct("<QIQIQHH")  # number, block, address, device, seed, number of steps, bytes of the key
+_ANSWER = struct.Struct("<QIB")  # number, block, whether it has been written
+_STEP = np.dtype("<f4")
+
+LEAST_STEP, LARGEST_STEP = 2.0**-100, 2.0**100
+"""By which blocks are coded: fp32 has these numbers and those that they are divided by."""
 _KINDS = {"report": 1, "request": 2, "answer": 3}
 
 
@@ -55,6 +60,8 @@ class Request:
         address: Where the memory begins.
         device: Number of the device that it is on; 0 for a CPU.
         key: What NIXL needs to write there.
+        seed: Of the factors in sums, if the block is to be coded.
+        steps: With which it is to be coded, numbers in fp32 in the order of tensors and parts; none: as it is.
     """
 
     number: int
@@ -62,14 +69,17 @@ class Request:
     address: int
     device: int
     key: bytes
+    seed: int = 0
+    steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Says that the block of a request has been written."""
+    """Says that the block of a request has been written; or that it has not been, as it cannot be coded."""
 
     number: int
     block: int
+    is_written: bool = True
 
 
 Content = Report | Request | Answer
@@ -102,11 +112,12 @@ def encode(content: Content, *, token: bytes, job: bytes, sender: int, receiver:
             body += content.blocks.tobytes()
         case Request():
             kind = "request"
-            body = _REQUEST_HEAD.pack(content.number, content.block, content.address, content.device, len(content.key))
-            body += content.key
+            numbers = (content.number, content.block, content.address, content.device, content.seed)
+            body = _REQUEST_HEAD.pack(*numbers, len(content.steps), len(content.key))
+            body += np.array(content.steps, dtype=_STEP).tobytes() + content.key
         case Answer():
             kind = "answer"
-            body = _ANSWER.pack(content.number, content.block)
+            body = _ANSWER.pack(content.number, content.block, content.is_written)
     head = _HEAD.pack(_MAGIC, _VERSION, _KINDS[kind], sender, receiver, job, sequence)
     return head + body + sign(token, head, body)
 
@@ -117,7 +128,8 @@ def decode(message: bytes, *, token: bytes, job: bytes, receiver: int, world_siz
     Raises:
         RefusedError: In any other case, whatever the bytes are.
     """
-    longest = max(_REPORT_HEAD.size + num_blocks * REPORT.itemsize, _REQUEST_HEAD.size + _LONGEST_KEY)
+    longest_request = _REQUEST_HEAD.size + MOST_STEPS * _STEP.itemsize + _LONGEST_KEY
+    longest = max(_REPORT_HEAD.size + num_blocks * REPORT.itemsize, longest_request)
     if not _HEAD.size + _SIGNATURE_BYTES <= len(message) <= _HEAD.size + longest + _SIGNATURE_BYTES:
         raise RefusedError("length")
     head, body = message[: _HEAD.size], message[_HEAD.size : -_SIGNATURE_BYTES]
@@ -137,9 +149,11 @@ def decode(message: bytes, *, token: bytes, job: bytes, receiver: int, world_siz
     if kind == _KINDS["answer"]:
         if len(body) != _ANSWER.size:
             raise RefusedError("length")
-        answer = Answer(*_ANSWER.unpack(body))
-        _require_block(answer.block, num_blocks)
-        return Message(sender, sequence, answer)
+        number, block, is_written = _ANSWER.unpack(body)
+        _require_block(block, num_blocks)
+        if is_written > 1:
+            raise RefusedError("answer")
+        return Message(sender, sequence, Answer(number, block, bool(is_written)))
     raise RefusedError("kind")
 
 
@@ -159,11 +173,15 @@ def _decode_report(body: bytes, num_blocks: int) -> Report:
 def _decode_request(body: bytes, num_blocks: int) -> Request:
     if len(body) < _REQUEST_HEAD.size:
         raise RefusedError("length")
-    number, block, address, device, length = _REQUEST_HEAD.unpack_from(body)
-    if len(body) != _REQUEST_HEAD.size + length:
+    number, block, address, device, seed, count, length = _REQUEST_HEAD.unpack_from(body)
+    begin_of_key = _REQUEST_HEAD.size + count * _STEP.itemsize
+    if count > MOST_STEPS or len(body) != begin_of_key + length:
         raise RefusedError("length")
     _require_block(block, num_blocks)
-    return Request(number, block, address, device, body[_REQUEST_HEAD.size :])
+    steps = np.frombuffer(body, dtype=_STEP, count=count, offset=_REQUEST_HEAD.size)
+    if not bool(((steps >= LEAST_STEP) & (steps <= LARGEST_STEP)).all()):
+        raise RefusedError("steps")
+    return Request(number, block, address, device, body[begin_of_key:], seed, tuple(steps.tolist()))
 
 
 def _require_block(block: int, num_blocks: int) -> None:

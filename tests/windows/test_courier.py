@@ -17,6 +17,7 @@ from layup_hf.windows.courier import Courier
 from layup_hf.windows.layout import Layout
 from layup_hf.windows.pace import Pace
 from layup_hf.windows.peers import Peer, Postmark
+from layup_hf.windows.receiving import Receiving
 from layup_hf.windows.serving import Serving
 from layup_hf.windows.staging import Staging
 
@@ -95,9 +96,9 @@ class Setup:
         self.staging, self.serving = Staging(layout, self.network), Serving(layout, self.network)
         self.peers = {rank: Peer(rank, f"w{rank}", f"w{rank}") for rank in peers}
         postmark = Postmark(TOKEN, JOB, 0, workers, BLOCKS)
-        self.courier = Courier(
-            self.network, self.ledger, list(self.peers.values()), self.staging, self.serving, Pace(None), postmark
-        )
+        peers = list(self.peers.values())
+        parts = (self.staging, Receiving(layout), self.serving, Pace(None), postmark)
+        self.courier = Courier(self.network, self.ledger, peers, *parts)
         self.numbers = itertools.count(1)
 
     def say(self, sender, content, **changes):

@@ -1,5 +1,6 @@
 """Messages between hosts: read back as they were written, refused whatever else they are."""
 
+import math
 import struct
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from layup_hf.fleet.secret import sign
 from layup_hf.ledger import REPORT
 from layup_hf.windows import wire
+from layup_hf.windows.layout import MOST_STEPS
 
 TOKEN, JOB = b"t" * 32, b"j" * 16
 PLACE = {"token": TOKEN, "job": JOB, "receiver": 1, "world_size": 3, "num_blocks": 4}
@@ -26,9 +28,11 @@ def encode(content, **changes):
 
 
 REQUEST = wire.Request(number=5, block=3, address=2**47, device=1, key=b"key of any length")
+CODED = wire.Request(5, 3, 2**47, 1, b"key", seed=2**64 - 1, steps=(0.5, wire.LEAST_STEP, wire.LARGEST_STEP))
+ANSWERS = (wire.Answer(number=5, block=3), wire.Answer(5, 0, is_written=False))
 
 
-@pytest.mark.parametrize("content", [REQUEST, wire.Answer(number=5, block=3), wire.Request(1, 0, 0, 0, b"")])
+@pytest.mark.parametrize("content", [REQUEST, CODED, *ANSWERS, wire.Request(1, 0, 0, 0, b"")])
 def test_a_message_is_read_as_it_was_written(content):
     assert wire.decode(encode(content), **PLACE) == wire.Message(2, 9, content)
 
@@ -56,6 +60,10 @@ def test_a_report_is_read_as_it_was_written(blocks):
         (encode(REQUEST, sender=3), "rank"),
         (encode(wire.Answer(1, 4)), "block"),
         (encode(wire.Request(1, 4, 0, 0, b"")), "block"),
+        *((encode(wire.Request(1, 0, 0, 0, b"", 0, (1.0, step))), "steps") for step in (0.0, -1.0, 1e-31, 1e31)),
+        *((encode(wire.Request(1, 0, 0, 0, b"", 0, (1.0, step))), "steps") for step in (math.inf, math.nan)),
+        (encode(wire.Request(1, 0, 0, 0, b"", 0, (1.0,) * (MOST_STEPS + 1))), "length"),
+        (encode(wire.Answer(1, 0, is_written=2)), "answer"),
         (encode(report(4)), "block"),
         (encode(report(2, 2)), "block"),
         (encode(report(0, 1, 2, 3, 0)), "length"),
@@ -68,7 +76,7 @@ def test_everything_else_is_refused_with_its_reason(message, reason):
 
 def signed(body, kind):
     """A message of any body by somebody who knows the token."""
-    head = struct.pack("<4sBBHH16sQ", b"LYUP", 1, kind, 2, 1, JOB, 9)
+    head = struct.pack("<4sBBHH16sQ", b"LYUP", 2, kind, 2, 1, JOB, 9)
     return head + body + sign(TOKEN, head, body)
 
 

@@ -1,0 +1,115 @@
+"""Makes blocks of what peers have written."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .coding import Coded, Plan, Seen, compare, factors, make_coder, reach
+from .layout import Layout
+from .staging import Slot
+from .wire import LARGEST_STEP, LEAST_STEP
+
+MARGIN = 2.0
+"""How many times as far as they have been seen to be, two workers are taken to be apart when they are seen next."""
+
+_KEPT = 0.8  # of what they were taken to be before, at least
+_FINEST = 2.0**-20  # steps, of the largest number: fp32 has few more digits, and counts must not be too large
+
+
+class Receiving:
+    """Decides whether a block is asked for coded, and with which steps; and reads it when it has come.
+
+    A block is coded by how far the peer's and this worker's own are apart. That is seen each time that one comes, in
+    the pass that reads it: the largest distance in each part of each tensor. Until something is known of a block, it is
+    asked for as it is. If a block turns out to be further away than it was taken to be, it is not used, and asked for
+    again as it is: its offer is still there to be taken, as nothing has been merged.
+
+    Args:
+        layout: How blocks lie in slots.
+
+    Attributes:
+        resent: Blocks that came coded in vain, since the start.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._coder = make_coder(layout.device, secrets.randbits(60)) if layout.bits else None
+        self._known: dict[tuple[int, int], np.ndarray] = {}  # distances and sizes, (2, steps), by block and peer
+        self._is_far: set[tuple[int, int]] = set()  # what is to be asked for as it is
+        self.resent = 0
+
+    def prepare(self, slot: Slot) -> None:
+        """Decide how the block that the slot is to hold is asked for."""
+        slot.seed, slot.steps = 0, ()
+        if self._coder is not None and (steps := self._steps(slot.peer, slot.block)) is not None:
+            slot.seed, slot.steps = secrets.randbits(64), tuple(steps.tolist())
+
+    def num_bytes(self, slot: Slot) -> int:
+        """Of what comes."""
+        return (self._layout.coded_bytes if slot.steps else self._layout.num_bytes)[slot.block]
+
+    def accept(self, slot: Slot, is_written: bool) -> bool:
+        """Read what has come in a slot. Whether the block is there now, as the peer has it or has rounded it."""
+        if self._coder is None:
+            return is_written
+        key = (slot.block, slot.peer)
+        if is_written and not slot.steps:
+            self._is_far.discard(key)
+            if self._layout.num_steps[slot.block]:
+                self._note(key, [compare(plan, theirs, mine) for plan, _, theirs, mine in self._tensors(slot)])
+            return True
+        seen = self._decode(slot) if is_written else []
+        if is_written and not any(part.wrong.any() for part in seen):
+            self._note(key, seen)
+            return True
+        self.resent += 1
+        self._is_far.add(key)
+        if seen and key in self._known:
+            self._known[key][0] *= np.where(np.concatenate([part.wrong for part in seen]), MARGIN, 1.0)
+        return False
+
+    def _tensors(self, slot: Slot) -> Iterator[tuple[Plan, Coded, Tensor, Tensor]]:
+        """Those that can be coded: how, where, where the numbers are to be, and the own ones."""
+        block = slot.block
+        for coded, theirs, mine in zip(slot.coded[block], slot.views[block], self._layout.live(block), strict=True):
+            if coded is not None:
+                yield *coded, theirs, mine
+
+    def _decode(self, slot: Slot) -> list[Seen]:
+        assert self._coder is not None
+        steps, multipliers = np.array(slot.steps, dtype=np.float32), torch.from_numpy(factors(slot.seed))
+        multipliers, seen, begin = multipliers.to(self._layout.device), [], 0
+        for plan, coded, theirs, mine in self._tensors(slot):
+            own = np.ascontiguousarray(steps[begin : begin + plan.parts])
+            seen.append(self._coder.decode(plan, coded, own, multipliers, mine, theirs))
+            begin += plan.parts
+        return seen
+
+    def _note(self, key: tuple[int, int], seen: list[Seen]) -> None:
+        """The block was so far away; it will be taken to be further next time."""
+        farthest = np.concatenate([part.farthest for part in seen]) * MARGIN
+        largest = np.concatenate([part.largest for part in seen])
+        before = self._known.get(key)
+        if before is not None and bool(np.isfinite(before).all()):
+            farthest = np.maximum(farthest, _KEPT * before[0])
+        self._known[key] = np.stack([farthest, largest])
+
+    def _steps(self, peer: int, block: int) -> np.ndarray | None:
+        """fp32, with which a block is coded; None: it is sent as it is."""
+        if (block, peer) in self._is_far:
+            return None
+        known = self._known.get((block, peer))
+        if known is None:  # peers are about equally far away
+            others = [known for (of, _), known in self._known.items() if of == block]
+            known = np.max(others, axis=0) if others else None
+        if known is None:
+            return None
+        distances, sizes = known
+        steps = np.maximum(distances / reach(self._layout.bits), _FINEST * sizes)
+        steps = np.maximum(steps, LEAST_STEP).astype(np.float32)
+        return steps if bool((steps <= LARGEST_STEP).all()) else None  # nor if some are not numbers
