@@ -14,10 +14,13 @@ from .layout import Layout
 from .staging import Slot
 from .wire import LARGEST_STEP, LEAST_STEP
 
-MARGIN = 2.0
-"""How many times as far as they have been seen to be, two workers are taken to be apart when they are seen next."""
+MARGIN = {8: 4.0, 4: 3.0}
+"""By bits: how many times as far as they have been seen to be, two workers are taken to be apart when they are seen next.
+Finer steps round less, and longer ones save blocks from being sent in vain; with 8 bits rounding is nothing."""
 
 _KEPT = 0.8  # of what they were taken to be before, at least
+_FURTHER = 4.0  # times as far, where they were further apart than that
+_TRIES = 3  # to send a block coded, before it is sent as it is
 _FINEST = 2.0**-20  # steps, of the largest number: fp32 has few more digits, and counts must not be too large
 
 
@@ -27,7 +30,7 @@ class Receiving:
     A block is coded by how far the peer's and this worker's own are apart. That is seen each time that one comes, in
     the pass that reads it: the largest distance in each part of each tensor. Until something is known of a block, it is
     asked for as it is. If a block turns out to be further away than it was taken to be, it is not used, and asked for
-    again as it is: its offer is still there to be taken, as nothing has been merged.
+    again with longer steps, in the end as it is: its offer is still there to be taken, as nothing has been merged.
 
     Args:
         layout: How blocks lie in slots.
@@ -40,7 +43,7 @@ class Receiving:
         self._layout = layout
         self._coder = make_coder(layout.device, secrets.randbits(60)) if layout.bits else None
         self._known: dict[tuple[int, int], np.ndarray] = {}  # distances and sizes, (2, steps), by block and peer
-        self._is_far: set[tuple[int, int]] = set()  # what is to be asked for as it is
+        self._failed: dict[tuple[int, int], int] = {}  # how often in turn, by block and peer
         self.resent = 0
 
     def prepare(self, slot: Slot) -> None:
@@ -59,18 +62,23 @@ class Receiving:
             return is_written
         key = (slot.block, slot.peer)
         if is_written and not slot.steps:
-            self._is_far.discard(key)
+            self._failed.pop(key, None)
             if self._layout.num_steps[slot.block]:
                 self._note(key, [compare(plan, theirs, mine) for plan, _, theirs, mine in self._tensors(slot)])
             return True
-        seen = self._decode(slot) if is_written else []
-        if is_written and not any(part.wrong.any() for part in seen):
+        if not is_written:  # not even sent
+            self._failed[key] = _TRIES
+            return False
+        seen = self._decode(slot)
+        wrong = np.concatenate([part.wrong for part in seen])
+        if not wrong.any():
+            self._failed.pop(key, None)
             self._note(key, seen)
             return True
         self.resent += 1
-        self._is_far.add(key)
-        if seen and key in self._known:
-            self._known[key][0] *= np.where(np.concatenate([part.wrong for part in seen]), MARGIN, 1.0)
+        self._failed[key] = self._failed.get(key, 0) + 1
+        if (known := self._distances(*key)) is not None:
+            self._known[key] = known * np.stack([np.where(wrong, _FURTHER, 1.0), np.ones(len(wrong))])
         return False
 
     def _tensors(self, slot: Slot) -> Iterator[tuple[Plan, Coded, Tensor, Tensor]]:
@@ -92,22 +100,25 @@ class Receiving:
 
     def _note(self, key: tuple[int, int], seen: list[Seen]) -> None:
         """The block was so far away; it will be taken to be further next time."""
-        farthest = np.concatenate([part.farthest for part in seen]) * MARGIN
+        farthest = np.concatenate([part.farthest for part in seen]) * MARGIN[self._layout.bits]
         largest = np.concatenate([part.largest for part in seen])
         before = self._known.get(key)
         if before is not None and bool(np.isfinite(before).all()):
             farthest = np.maximum(farthest, _KEPT * before[0])
         self._known[key] = np.stack([farthest, largest])
 
-    def _steps(self, peer: int, block: int) -> np.ndarray | None:
-        """fp32, with which a block is coded; None: it is sent as it is."""
-        if (block, peer) in self._is_far:
-            return None
+    def _distances(self, block: int, peer: int) -> np.ndarray | None:
+        """How far away the parts of a block are taken to be, and their largest numbers: shape (2, steps)."""
         known = self._known.get((block, peer))
         if known is None:  # peers are about equally far away
             others = [known for (of, _), known in self._known.items() if of == block]
             known = np.max(others, axis=0) if others else None
-        if known is None:
+        return known
+
+    def _steps(self, peer: int, block: int) -> np.ndarray | None:
+        """fp32, with which a block is coded; None: it is sent as it is."""
+        known = self._distances(block, peer)
+        if known is None or self._failed.get((block, peer), 0) >= _TRIES:
             return None
         distances, sizes = known
         steps = np.maximum(distances / reach(self._layout.bits), _FINEST * sizes)

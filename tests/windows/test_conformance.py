@@ -17,6 +17,7 @@ KINDS = {
     "shared": {"kind": "shared"},
     "nixl": {"kind": "nixl"},
     "bf16": {"kind": "nixl", "wire_dtype": "bf16"},
+    "int8": {"kind": "nixl", "wire_dtype": "int8"},
     "mixed": {"kind": "auto", "hosts": ["a", "b", "a", "c"]},
 }
 
@@ -82,7 +83,8 @@ def test_a_peer_reads_what_has_been_offered(kind, make_fleet):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_the_engine_equals_the_simulation_bitwise(kind, workers, make_fleet):
+def test_the_engine_equals_the_simulation(kind, workers, make_fleet):
+    """Bitwise; where what comes is rounded at random, but for that."""
     fleet = make_fleet(kind, workers)
     simulated = [[block.tensors for block in blocks] for blocks in fleet.blocks]
     simulation = (RoundingSimulation if kind == "bf16" else Simulation)(simulated)
@@ -94,7 +96,8 @@ def test_the_engine_equals_the_simulation_bitwise(kind, workers, make_fleet):
         ledger = fleet.windows[worker].ledger
         for block in blocks:
             for real, expected in zip(block.tensors, simulation.values[worker][block.index], strict=True):
-                assert torch.equal(real, expected), f"worker {worker}, {block}"
+                tolerance = 0.1 if kind == "int8" else 0.0  # weights are about 1 apart
+                assert torch.allclose(real, expected, rtol=0, atol=tolerance), f"worker {worker}, {block}"
             assert ledger.own(block.index) == simulation.own[worker][block.index]
             assert ledger.untaken(block.index) == simulation.untaken(worker, block.index)
     held = effective_masses({worker: windows.ledger.account() for worker, windows in enumerate(fleet.windows)})
@@ -120,7 +123,8 @@ def test_what_was_offered_before_a_consensus_point_is_not_merged_after_it(kind, 
         wait_until(lambda w=windows: w.ledger.masses().tolist() == [[UNIT] * 3] * 3, "masses")
     for tensor in fleet.blocks[1][0].tensors:
         tensor.fill_(9.0)
-    assert bool((offer_and_read(fleet, 1, 0)[0] == 9).all())  # and what is offered now, is
+    away = (offer_and_read(fleet, 1, 0)[0] - 9).abs().max()  # and what is offered now, is
+    assert float(away) <= (0.5 if kind == "int8" else 0.0)
 
 
 def test_an_excluded_peer_is_done_without(kind, make_fleet):
@@ -177,7 +181,7 @@ def test_different_models_are_refused_on_every_worker(kind):
     assert not set(threading.enumerate()) - before
 
 
-@pytest.mark.parametrize("kind", ["nixl", "bf16", "mixed"])
+@pytest.mark.parametrize("kind", ["nixl", "bf16", "int8", "mixed"])
 def test_a_wrong_token_is_refused_on_every_worker(kind):
     options = {**KINDS[kind]}
     if "hosts" in options:
