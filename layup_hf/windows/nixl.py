@@ -65,8 +65,8 @@ class NixlWindows:
     network and the wait for the boundary make it, and a slow network carries as much as it can: a slot that is free
     goes to the block that has not been merged for the longest.
 
-    Memory, beside the model: two slots of the size of the largest block, and with `wire_dtype="bf16"` a buffer more;
-    with "int8" three buffers of a quarter of it, with "int4" of an eighth.
+    Memory, beside the model: two slots of the size of the largest block; with `wire_dtype="bf16"` they are half as
+    large, and there is a third one; with "int8" three buffers of a quarter of it more, with "int4" of an eighth.
 
     Make it with `NixlWindows.open`.
     """

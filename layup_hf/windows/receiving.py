@@ -15,8 +15,8 @@ from .staging import Slot
 from .wire import LARGEST_STEP, LEAST_STEP
 
 MARGIN = {8: 4.0, 4: 3.0}
-"""By bits: how many times as far as they have been seen to be, two workers are taken to be apart when they are seen next.
-Finer steps round less, and longer ones save blocks from being sent in vain; with 8 bits rounding is nothing."""
+"""By bits: how many times as far as they have been seen to be, two workers are taken to be apart when they are seen
+next. Finer steps round less, and longer ones save blocks from being sent in vain; with 8 bits rounding is nothing."""
 
 _KEPT = 0.8  # of what they were taken to be before, at least
 _FURTHER = 4.0  # times as far, where they were further apart than that
