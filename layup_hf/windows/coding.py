@@ -15,7 +15,7 @@ alone makes up for the rest of the sum (counts have 23 bits, so their products w
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +23,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PIECE = 4096
 """Numbers that share a sum, at most; the last piece of a tensor may be smaller."""
@@ -247,15 +249,6 @@ def _sums(counts: Tensor, factors: Tensor) -> Tensor:
     return (counts.long() * factors[: counts.shape[1]].long()).sum(dim=1)
 
 
-@functools.cache
-def _has_llvm() -> bool:
-    try:
-        import llvmlite.binding  # noqa: F401
-    except Exception:  # not installed, or not for this machine
-        return False
-    return True
-
-
 def make_coder(device: torch.device, seed: int) -> Coder:
     """What codes fastest on a device.
 
@@ -263,8 +256,11 @@ def make_coder(device: torch.device, seed: int) -> Coder:
         device: Of the blocks.
         seed: Of the draws.
     """
-    if device.type == "cpu" and _has_llvm():
-        from .native_coding import NativeCoder  # LLVM is loaded here and not before
+    if device.type == "cpu":
+        try:
+            from .native_coding import NativeCoder  # LLVM is loaded here and not before
 
-        return NativeCoder(seed)
+            return NativeCoder(seed)
+        except (ImportError, OSError, RuntimeError) as error:
+            logger.warning(f"LayUp: coding blocks takes several times as long, as llvmlite does not work ({error}).")
     return TorchCoder(device, seed)

@@ -199,22 +199,33 @@ def test_a_peer_that_asks_is_written_to_and_told():
     assert len(setup.network.writes) == 1
 
 
-def test_blocks_in_bf16_go_to_one_peer_after_the_other():
-    setup = Setup(wire_dtype="bf16")
+def asks(wire_dtype, block):
+    """For a block that does not go from where it lies: rounded, or in few bits."""
+    return wire.Request(1, block, 4096, 0, b"key", 7, () if wire_dtype == "bf16" else (1.0, 1.0))
+
+
+@pytest.fixture(params=["bf16", "int8", "int4"])
+def rounded(request):
+    return request.param
+
+
+def test_blocks_that_are_rounded_go_to_one_peer_after_the_other(rounded):
+    setup = Setup(wire_dtype=rounded)
     for rank in (1, 2):
-        setup.say(rank, wire.Request(1, rank, 4096, 0, b"key"))
+        setup.say(rank, asks(rounded, rank))
     (first,) = setup.network.writes
-    assert [size for _, size in first["source"]] == [18, 6]
+    sizes = {"bf16": [18, 6], "int8": [64 + 8 + 3], "int4": [64 + 8 + 2]}  # a sum and its words, twice
+    assert [size for _, size in first["source"]] == [size for _, size in first["target"]] == sizes[rounded]
     first["done"] = True
     setup.courier._round()
     setup.courier._round()
     assert [write["to"] for write in setup.network.writes] == ["w1", "w2"]
 
 
-def test_a_buffer_that_an_excluded_peer_is_written_from_is_not_used_for_others():
-    setup = Setup(wire_dtype="bf16")
+def test_a_buffer_that_an_excluded_peer_is_written_from_is_not_used_for_others(rounded):
+    setup = Setup(wire_dtype=rounded)
     for rank in (1, 2):
-        setup.say(rank, wire.Request(1, rank, 4096, 0, b"key"))
+        setup.say(rank, asks(rounded, rank))
     setup.courier.exclude(1)
     setup.courier._round()
     first, second = setup.network.writes
@@ -312,13 +323,13 @@ def test_silent_peers_do_not_keep_the_slots_of_the_others(monkeypatch):
     assert list(setup.staging.ready) == [(3, setup.heard(3, wire.Request)[0].block), (1, 0)]
 
 
-def test_a_silent_peer_does_not_keep_the_buffer_from_the_others(monkeypatch):
+def test_a_silent_peer_does_not_keep_the_buffer_from_the_others(monkeypatch, rounded):
     now = [1000.0]
     monkeypatch.setattr("layup_hf.windows.courier.time.monotonic", lambda: now[0])
-    setup = Setup(wire_dtype="bf16")
-    setup.say(1, wire.Request(1, 0, 4096, 0, b"key"))
+    setup = Setup(wire_dtype=rounded)
+    setup.say(1, asks(rounded, 0))
     now[0] += 3.5
-    setup.say(2, wire.Request(1, 0, 4096, 0, b"key"))
+    setup.say(2, asks(rounded, 0))
     setup.courier._round()
     first, second = setup.network.writes
     assert first["source"][0] != second["source"][0]
@@ -392,6 +403,9 @@ def test_replays_strangers_and_excluded_peers_are_refused():
 bits64 = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 4 * UNIT), st.integers(2**64 - 100, 2**64 - 1))
 
 
+steps = st.lists(st.sampled_from([0.0, 1e-3, 1.0, 1e38, float("nan")]), max_size=3).map(tuple)
+
+
 @st.composite
 def messages(draw):
     """Messages by one who knows the token, or does not, with any content; sometimes damaged."""
@@ -406,7 +420,9 @@ def messages(draw):
             [
                 wire.Report(draw(st.integers(0, 1)), draw(bits64), draw(bits64), draw(st.floats()), rows),
                 wire.Request(draw(bits64), block, draw(bits64), 0, draw(st.binary(max_size=20))),
+                wire.Request(draw(bits64), block, 4096, 0, b"key", draw(bits64), draw(steps)),
                 wire.Answer(draw(bits64), block),
+                wire.Answer(draw(bits64), block, is_written=False),
             ]
         )
     )
@@ -424,10 +440,10 @@ def messages(draw):
 
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(st.lists(messages(), min_size=1, max_size=12))
-def test_whatever_comes_no_mass_is_made(received):
+@given(st.lists(messages(), min_size=1, max_size=12), st.sampled_from(["fp32", "int8"]))
+def test_whatever_comes_no_mass_is_made(received, wire_dtype):
     """Also by one who knows the secret: it may give and take only what exists, and what is refused changes nothing."""
-    setup = Setup()
+    setup = Setup(wire_dtype=wire_dtype)
     for block in range(BLOCKS):
         setup.ledger.offer(block, 1, 1000)
     own = setup.ledger.account()

@@ -34,14 +34,13 @@ def test_what_comes_has_its_size_and_mass_stays(wire_dtype, share):
         assert all(0 < own < 3 * UNIT for own in worker.own)
         merged, came = worker.figures["models"], worker.figures["bytes"] / size
         assert came <= 12 * 0.3
-        if share < 1 / 2:  # each block has come once as it is before, and as one that was sent in vain
-            came -= 1
-            merged -= 1
-            assert merged > 2
-            assert share * merged <= came + 1e-6
-            assert came <= share * (merged + worker.receiving.resent) * 1.1 + 0.1
-        else:
+        if wire_dtype in ("fp32", "bf16"):
             assert came == pytest.approx(share * merged)
+        else:  # each block has come as it is once
+            coded = sum(worker.layout.coded_bytes) / size  # of so small a model, much is what aligns tensors
+            assert share < coded < 2.5 * share
+            assert merged - 1 > 2
+            assert came - 1 <= coded * (merged - 1 + worker.receiving.resent) * 1.1
 
 
 def test_a_link_that_carries_nothing_merges_nothing():
