@@ -128,6 +128,10 @@ class Layout:
         """The block's tensors, as they lie in a buffer."""
         return [buffer[place.offset : place.end].view(place.dtype).view(place.shape) for place in self._places[block]]
 
+    def plans(self, block: int) -> list[Plan | None]:
+        """How each tensor is coded; None: not at all."""
+        return [place.plan if place is not None else None for place in self._coded[block]]
+
     def coded_views(self, room: Tensor, block: int) -> list[tuple[Plan, Coded] | None]:
         """For each tensor how it is coded and where, in a room for what is coded; None: it is sent as it is."""
 

@@ -28,9 +28,10 @@ class Receiving:
     """Decides whether a block is asked for coded, and with which steps; and reads it when it has come.
 
     A block is coded by how far the peer's and this worker's own are apart. That is seen each time that one comes, in
-    the pass that reads it: the largest distance in each part of each tensor. Until something is known of a block, it is
-    asked for as it is. If a block turns out to be further away than it was taken to be, it is not used, and asked for
-    again with longer steps, in the end as it is: its offer is still there to be taken, as nothing has been merged.
+    the pass that reads it: the largest distance in each part of each tensor. The first block is asked for as it is;
+    after that, what is not known of a block is taken from another peer's, or from other blocks. If a block turns out to
+    be further away than it was taken to be, it is not used, and asked for again with longer steps, in the end as it is:
+    its offer is still there to be taken, as nothing has been merged.
 
     Args:
         layout: How blocks lie in slots.
@@ -110,10 +111,19 @@ class Receiving:
     def _distances(self, block: int, peer: int) -> np.ndarray | None:
         """How far away the parts of a block are taken to be, and their largest numbers: shape (2, steps)."""
         known = self._known.get((block, peer))
-        if known is None:  # peers are about equally far away
-            others = [known for (of, _), known in self._known.items() if of == block]
-            known = np.max(others, axis=0) if others else None
-        return known
+        if known is not None or not self._known or not self._layout.num_steps[block]:
+            return known
+        if others := [known for (of, _), known in self._known.items() if of == block]:
+            return np.max(others, axis=0)
+        distance = np.median(np.concatenate([distances for distances, _ in self._known.values()]))
+        sizes = [compare(plan, mine, mine).largest for plan, mine in self._own(block)]
+        return np.stack([np.full(self._layout.num_steps[block], distance), np.concatenate(sizes)])
+
+    def _own(self, block: int) -> Iterator[tuple[Plan, Tensor]]:
+        """This worker's tensors that can be coded."""
+        for plan, tensor in zip(self._layout.plans(block), self._layout.live(block), strict=True):
+            if plan is not None:
+                yield plan, tensor
 
     def _steps(self, peer: int, block: int) -> np.ndarray | None:
         """fp32, with which a block is coded; None: it is sent as it is."""

@@ -169,6 +169,22 @@ def test_what_is_too_far_away_comes_again_as_it_is_and_nothing_else_is_seen(pair
     assert largest_error(pair, seen) <= 4 * 3.1 / reach(layout.bits)
 
 
+def test_what_is_known_of_other_blocks_and_peers_serves_for_all():
+    torch.manual_seed(1)
+    layers = nn.Sequential(*(nn.Linear(40, 40) for _ in range(3)))
+    pair = Pair(layers, "int8")
+    pair.move(1, 0.01)
+    sizes = [pair.fetch(block)[1] for block in range(3)]
+    whole = pair.layouts[0].num_bytes[0]
+    assert [[size >= whole for size in written] for written in sizes] == [[True], [False], [False]]
+    for block in (1, 2):
+        seen = pair.fetch(block)[0]
+        for mine, theirs in zip(pair.blocks[1][block].tensors, seen, strict=True):
+            assert float((mine - theirs).detach().abs().max()) <= 4 * 4 * 0.01 / reach(8)
+    of_another = pair.receiving[0]._distances(1, 7)
+    assert np.array_equal(of_another, pair.receiving[0]._known[1, 1])
+
+
 def test_what_is_a_little_too_far_away_comes_again_with_longer_steps(pair):
     layout = pair.layouts[0]
     pair.move(1, 0.01)
