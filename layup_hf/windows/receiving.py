@@ -79,7 +79,9 @@ class Receiving:
         self.resent += 1
         self._failed[key] = self._failed.get(key, 0) + 1
         if (known := self._distances(*key)) is not None:
-            self._known[key] = known * np.stack([np.where(wrong, _FURTHER, 1.0), np.ones(len(wrong))])
+            distances, sizes = known
+            tried = np.maximum(distances, np.array(slot.steps) * reach(self._layout.bits))
+            self._known[key] = np.stack([np.where(wrong, _FURTHER * tried, distances), sizes])
         return False
 
     def _tensors(self, slot: Slot) -> Iterator[tuple[Plan, Coded, Tensor, Tensor]]:

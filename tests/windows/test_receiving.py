@@ -196,6 +196,20 @@ def test_what_is_a_little_too_far_away_comes_again_with_longer_steps(pair):
     assert 0 < largest_error(pair, seen) <= 4 * 4 * 0.01 / reach(layout.bits)
 
 
+def test_what_has_been_equal_and_begins_to_differ_comes_with_longer_steps(pair):
+    """From a step of as many digits as fp32 has."""
+    pair.fetch()
+    pair.fetch()
+    for power in (-4, -3, -2):
+        pair.move(1, 10.0**power, seed=power + 9)
+    _, written = pair.fetch()
+    assert len(written) == 4
+    seen, written = pair.fetch()
+    assert len(written) == 1
+    assert written[0] < pair.layouts[0].num_bytes[0]
+    assert 0 < largest_error(pair, seen) <= 4 * 0.0112 / reach(pair.layouts[0].bits)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_has_changed_on_its_way_is_not_used(pair, place):
     """Sums, words of weights, or words of biases."""
