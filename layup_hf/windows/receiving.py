@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coding import Coded, Plan, Seen, compare, factors, make_coder, reach
+from .coders import compare, make_coder
+from .coding import Coded, Plan, Seen, factors, reach
 from .layout import Layout
 from .staging import Slot
 from .wire import LARGEST_STEP, LEAST_STEP

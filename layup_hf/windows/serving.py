@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coding import factors, make_coder
+from .coders import make_coder
+from .coding import factors
 from .layout import Layout, Pieces
 from .peers import Peer
 from .transport import Transport

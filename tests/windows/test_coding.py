@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.windows.coding import LARGEST, PIECE, Coded, Plan, TorchCoder, compare, factors, make_coder, reach
+from layup_hf.windows.coders import TorchCoder, compare, make_coder
+from layup_hf.windows.coding import LARGEST, PIECE, Coded, Plan, factors, reach
 
 CODERS = {"torch": TorchCoder(torch.device("cpu"), 1), "native": make_coder(torch.device("cpu"), 2)}
 FACTORS = torch.from_numpy(factors(5))
