@@ -1,7 +1,6 @@
 """What fewer bytes for a block gain where little of the model fits through the links, apart from all that time does.
 
     python -m recipes.measure.few_bits --fractions 0.06 0.01 --learning_rates 4e-3 8e-3 --seeds 1 2 3
-    python -m recipes.measure.few_bits --speed      what coding takes on one core
 
 One process plays all workers, each of which is alone on its host and has a model, an AdamW by its own gradients with
 Nesterov's momentum, and a link. They make their steps at the same time. Between two steps a link carries so many bytes,
@@ -24,21 +23,16 @@ import copy
 import ctypes
 import itertools
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.gossip.merging import Merger
 from layup_hf.ledger.mixing import UNIT, merge_weight, share
-from layup_hf.windows.coders import TorchCoder, make_coder
-from layup_hf.windows.coding import Coded, Plan, factors, reach
-from layup_hf.windows.layout import BITS, Layout, Pieces
+from layup_hf.windows.layout import Layout, Pieces
 from layup_hf.windows.peers import Peer
 from layup_hf.windows.receiving import Receiving
 from layup_hf.windows.serving import Serving
@@ -265,41 +259,14 @@ def show(results: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def speed(numel: int = 2**21) -> None:
-    """Print the processor time that coding takes for each number, beside that of a rounding to bf16."""
-    torch.set_num_threads(1)
-    device, theirs = torch.device("cpu"), torch.randn(numel)
-    mine, into, table = theirs + 1e-3, torch.empty(numel), torch.from_numpy(factors(1))
-
-    def nanoseconds(action: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(7):
-            begin = time.thread_time()
-            action()
-            times.append(time.thread_time() - begin)
-        return 1e9 * min(times) / numel
-
-    print(f"to bf16: {nanoseconds(lambda: theirs.bfloat16()):.2f} ns")
-    for (name, bits), coder in itertools.product(BITS.items(), (make_coder(device, 1), TorchCoder(device, 1))):
-        plan = Plan.of(numel, bits, 16)
-        steps = np.full(plan.parts, 2e-3 / reach(bits), dtype=np.float32)
-        coded = Coded(torch.empty(plan.pieces, dtype=torch.int64), torch.empty(plan.word_bytes, dtype=torch.uint8))
-        there = nanoseconds(lambda: coder.encode(plan, theirs, steps, table, coded))  # noqa: B023
-        back = nanoseconds(lambda: coder.decode(plan, coded, steps, table, mine, into))  # noqa: B023
-        print(f"{name}, {type(coder).__name__}: written in {there:.2f} ns, read in {back:.2f} ns")
-
-
 def main() -> None:
     parser = command_line("recipes.measure.few_bits", __doc__)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.06, 0.01], help="of the model, per step")
     kinds = [DDP, ALONE, "fp32", "bf16", "int8", "int4"]
     parser.add_argument("--wire_dtypes", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--speed", action="store_true", help="what coding takes on one core, and nothing else")
     parser.add_argument("--ddp_nesterov", action="store_true", help="DDP's AdamW uses Nesterov's momentum, too")
     add_task_arguments(parser)
     options = parser.parse_args()
-    if options.speed:
-        return speed()
     wanted = dict.fromkeys(
         (wire_dtype, 0.0 if wire_dtype in (DDP, ALONE) else fraction, rate, seed)
         for fraction, wire_dtype, rate, seed in itertools.product(

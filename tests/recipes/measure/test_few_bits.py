@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from launching import ROOT
 from stock import gpt2
 
 from layup_hf.ledger.mixing import UNIT
+from recipes.measure import coding
 from recipes.measure.few_bits import Worker, mass_mean
 from recipes.measure.local_adam import Task
 
@@ -63,3 +65,10 @@ def test_the_command_compares_all_formats(tmp_path):
     assert results["bf16"]["models_per_step"] > results["fp32"]["models_per_step"] > 0
     assert len({result["loss"] for result in results.values()}) == 6
     assert done.stdout.count("\n| ") == 7
+
+
+def test_the_time_of_coding_is_measured_for_each_format(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coding", "--numel=5000"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests want theirs
+    coding.main()
+    assert re.findall(r"int\d, (?:Native|Torch)Coder: written in [\d.]+ ns, read in [\d.]+ ns", capsys.readouterr().out)
