@@ -15,7 +15,7 @@ from .layout import Layout
 from .staging import Slot
 from .wire import LARGEST_STEP, LEAST_STEP
 
-MARGIN = {8: 4.0, 4: 3.0}
+MARGIN = {8: 8.0, 4: 3.0}
 """By bits: how many times as far as they have been seen to be, two workers are taken to be apart when they are seen
 next. Finer steps round less, and longer ones save blocks from being sent in vain; with 8 bits rounding is nothing."""
 
