@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 PIECE = 4096
@@ -117,7 +118,7 @@ class Seen:
 class Coder(Protocol):
     """Codes tensors on one device. Each number is read once, so what is written meanwhile is old or new, not both."""
 
-    def encode(self, plan: Plan, values: Tensor, steps: np.ndarray, factors: Tensor, into: Coded) -> bool:
+    def encode(self, plan: Plan, values: Tensor, steps: np.ndarray, factors: np.ndarray, into: Coded) -> bool:
         """Write what is to be sent of a tensor; False if that cannot be: some number is not finite, or too large for
         its step. Then what has been written means nothing.
 
@@ -125,11 +126,13 @@ class Coder(Protocol):
             plan: How.
             values: fp32, contiguous; any shape.
             steps: fp32 of shape (parts,).
-            factors: Of `factors`, on the tensor's device.
+            factors: Of `factors`.
             into: Where to.
         """
 
-    def decode(self, plan: Plan, coded: Coded, steps: np.ndarray, factors: Tensor, mine: Tensor, into: Tensor) -> Seen:
+    def decode(
+        self, plan: Plan, coded: Coded, steps: np.ndarray, factors: np.ndarray, mine: Tensor, into: Tensor
+    ) -> Seen:
         """Write the sender's numbers, as they were rounded.
 
         Args:
@@ -140,3 +143,17 @@ class Coder(Protocol):
             mine: The receiver's own numbers: fp32, contiguous; any shape.
             into: fp32, contiguous, of that shape.
         """
+
+    def compare(self, plan: Plan, theirs: Tensor, mine: Tensor) -> Seen:
+        """How far a tensor that has come as it is lies from the receiver's own, part by part."""
+
+
+@torch.no_grad()
+def compare(plan: Plan, theirs: Tensor, mine: Tensor) -> Seen:
+    """As `Coder.compare`, by torch's operations in the present stream."""
+    found = []
+    for part in range(plan.parts):
+        numbers, own = (tensor.view(-1)[plan.numbers(part)] for tensor in (theirs, mine))
+        found.append(torch.stack([(numbers - own).abs_().amax(), numbers.abs().amax()]))
+    farthest, largest = torch.stack(found, dim=1).cpu().numpy()
+    return Seen(farthest, largest, np.zeros(plan.parts, dtype=np.int32))

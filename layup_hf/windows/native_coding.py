@@ -12,7 +12,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from ..machine_code import ADDRESS, FLOAT, INDEX, compile_module, load, loop, number, place_of
-from .coding import LARGEST, PIECE, Coded, Plan, Seen
+from .coding import LARGEST, PIECE, Coded, Plan, Seen, compare
 
 _INT, _BYTE, _BOOL = ir.IntType(32), ir.IntType(8), ir.IntType(1)
 
@@ -34,18 +34,23 @@ class NativeCoder:
         for bits in (4, 8):
             _code(bits)
 
-    def encode(self, plan: Plan, values: Tensor, steps: np.ndarray, factors: Tensor, into: Coded) -> bool:
+    def encode(self, plan: Plan, values: Tensor, steps: np.ndarray, factors: np.ndarray, into: Coded) -> bool:
         encode, _ = _code(plan.bits)
         seed = int(self._draws.integers(2**32))
         numbers = (plan.numel, plan.pieces_each, seed)
         return not encode(*_addresses(values, steps, factors, into.sums, into.words), *numbers)
 
-    def decode(self, plan: Plan, coded: Coded, steps: np.ndarray, factors: Tensor, mine: Tensor, into: Tensor) -> Seen:
+    def decode(
+        self, plan: Plan, coded: Coded, steps: np.ndarray, factors: np.ndarray, mine: Tensor, into: Tensor
+    ) -> Seen:
         _, decode = _code(plan.bits)
         seen = Seen(*(np.zeros(plan.parts, dtype=kind) for kind in (np.float32, np.float32, np.int32)))
         found = (seen.farthest, seen.largest, seen.wrong)
         decode(*_addresses(mine, steps, factors, coded.sums, coded.words, into, *found), plan.numel, plan.pieces_each)
         return seen
+
+    def compare(self, plan: Plan, theirs: Tensor, mine: Tensor) -> Seen:
+        return compare(plan, theirs, mine)
 
 
 def _addresses(*places: Tensor | np.ndarray) -> list[int]:

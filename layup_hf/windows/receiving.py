@@ -6,10 +6,9 @@ import secrets
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .coders import compare, make_coder
+from .coders import make_coder
 from .coding import Coded, Plan, Seen, factors, reach
 from .layout import Layout
 from .staging import Slot
@@ -66,7 +65,8 @@ class Receiving:
         if is_written and not slot.steps:
             self._failed.pop(key, None)
             if self._layout.num_steps[slot.block]:
-                self._note(key, [compare(plan, theirs, mine) for plan, _, theirs, mine in self._tensors(slot)])
+                tensors = self._tensors(slot)
+                self._note(key, [self._coder.compare(plan, theirs, mine) for plan, _, theirs, mine in tensors])
             return True
         if not is_written:  # not even sent
             self._failed[key] = _TRIES
@@ -94,8 +94,8 @@ class Receiving:
 
     def _decode(self, slot: Slot) -> list[Seen]:
         assert self._coder is not None
-        steps, multipliers = np.array(slot.steps, dtype=np.float32), torch.from_numpy(factors(slot.seed))
-        multipliers, seen, begin = multipliers.to(self._layout.device), [], 0
+        steps, multipliers = np.array(slot.steps, dtype=np.float32), factors(slot.seed)
+        seen, begin = list[Seen](), 0
         for plan, coded, theirs, mine in self._tensors(slot):
             own = np.ascontiguousarray(steps[begin : begin + plan.parts])
             seen.append(self._coder.decode(plan, coded, own, multipliers, mine, theirs))
@@ -119,14 +119,13 @@ class Receiving:
         if others := [known for (of, _), known in self._known.items() if of == block]:
             return np.max(others, axis=0)
         distance = np.median(np.concatenate([distances for distances, _ in self._known.values()]))
-        sizes = [compare(plan, mine, mine).largest for plan, mine in self._own(block)]
-        return np.stack([np.full(self._layout.num_steps[block], distance), np.concatenate(sizes)])
+        return np.stack([np.full(self._layout.num_steps[block], distance), self._sizes(block)])
 
-    def _own(self, block: int) -> Iterator[tuple[Plan, Tensor]]:
-        """This worker's tensors that can be coded."""
-        for plan, tensor in zip(self._layout.plans(block), self._layout.live(block), strict=True):
-            if plan is not None:
-                yield plan, tensor
+    def _sizes(self, block: int) -> np.ndarray:
+        """Largest numbers of this worker's own parts."""
+        assert self._coder is not None
+        tensors = zip(self._layout.plans(block), self._layout.live(block), strict=True)
+        return np.concatenate([self._coder.compare(plan, own, own).largest for plan, own in tensors if plan])
 
     def _steps(self, peer: int, block: int) -> np.ndarray | None:
         """fp32, with which a block is coded; None: it is sent as it is."""

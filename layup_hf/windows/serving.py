@@ -102,7 +102,7 @@ class Serving:
         assert self._coder is not None
         self._holder = peer
         steps, begin = np.array(wanted.steps, dtype=np.float32), 0
-        multipliers = torch.from_numpy(factors(wanted.seed)).to(self.layout.device)
+        multipliers = factors(wanted.seed)
         views = self.layout.coded_views(buffer, wanted.block)
         for tensor, coded in zip(self.layout.live(wanted.block), views, strict=True):
             if coded is not None:

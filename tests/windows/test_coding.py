@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.windows.coders import TorchCoder, compare, make_coder
-from layup_hf.windows.coding import LARGEST, PIECE, Coded, Plan, factors, reach
+from layup_hf.windows.coders import TorchCoder, make_coder
+from layup_hf.windows.coding import LARGEST, PIECE, Coded, Plan, compare, factors, reach
 
 CODERS = {"torch": TorchCoder(torch.device("cpu"), 1), "native": make_coder(torch.device("cpu"), 2)}
-FACTORS = torch.from_numpy(factors(5))
+FACTORS = factors(5)
 
 plans = st.builds(
     Plan.of,
@@ -97,7 +97,7 @@ def test_a_changed_bit_and_other_factors_are_noticed(plan, seed, data):
         for coder in CODERS.values():
             assert coder.decode(plan, coded, steps, FACTORS, mine, torch.empty_like(theirs)).wrong.sum() == 1
     assert CODERS["native"].encode(plan, theirs, steps, FACTORS, coded)
-    others = torch.from_numpy(factors(6))
+    others = factors(6)
     for coder in CODERS.values():
         wrong = coder.decode(plan, coded, steps, others, mine, torch.empty_like(theirs)).wrong
         assert wrong.sum() >= plan.pieces - 1  # a last piece may have counts of 0 alone

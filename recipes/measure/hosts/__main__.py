@@ -2,6 +2,7 @@
 
     python -m recipes.measure.hosts links --hosts 2         steps per second and bytes, at 10 Gbit/s, 1 Gbit/s and less
     python -m recipes.measure.hosts loss --hosts 2          time to the same held-out loss, each at its best rate
+    python -m recipes.measure.hosts formats --rates 1mbit   fp32, bf16, int8 and int4 over a slow link
     python -m recipes.measure.hosts faults --times 20       workers killed, frozen, cut off, slow and lossy links
     python -m recipes.measure.hosts memory --counts 2 4 8   memory of a worker, by the number of workers
     python -m recipes.measure.hosts attack                  somebody on the network who does not know the secret
@@ -34,6 +35,7 @@ import torch
 from ..common.command import command_line
 from .attack import attack, show_attacks
 from .faults import faults, show_faults
+from .formats import formats, show_formats
 from .links import links, show_links
 from .loss import loss, show_loss
 from .memory import memory, show_memory
@@ -55,6 +57,7 @@ SMALL = {"batch_size": 4, "block_size": 64, "config_overrides": "n_layer=4,n_emb
 DEFAULTS: dict[str, dict[str, Any]] = {
     "loss": {"methods": ["layup", "ddp"], "steps": 300, "seconds": 60, "scale": "auto", **SMALL},
     "faults": {"hosts": 4, "methods": ["layup"], "steps": 600, **SMALL, "config_overrides": TINY},
+    "formats": {**SMALL, "config_overrides": TINY},
     "memory": {"methods": ["layup"], "steps": 20, "batch_size": 4, "block_size": 64},
     "soak": {"methods": ["layup"], "minutes": 60, **SMALL},
     "attack": {"methods": ["layup"], "steps": 400, **SMALL, "config_overrides": TINY},
@@ -68,6 +71,7 @@ def show(options: argparse.Namespace) -> None:
         "memory": show_memory,
         "faults": show_faults,
         "loss": show_loss,
+        "formats": show_formats,
         "attack": show_attacks,
     }
     for kind, table in kinds.items():
@@ -79,6 +83,7 @@ def show(options: argparse.Namespace) -> None:
 MEASURES = {
     "links": links,
     "loss": loss,
+    "formats": formats,
     "faults": faults,
     "memory": memory,
     "attack": attack,
@@ -103,6 +108,7 @@ def main() -> None:
     parser.add_argument("--config_overrides", default=None, help="of the model, as in the recipe")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--wire_dtypes", nargs="+", default=["fp32", "bf16", "int8", "int4"])
     parser.add_argument("--times", type=int, default=20, help="how often each fault happens")
     parser.add_argument("--cases", nargs="+", default=None, help="faults by name; all by default")
     parser.add_argument(

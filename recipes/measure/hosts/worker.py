@@ -1,11 +1,13 @@
 """One worker, on a host of its own.
 
 Started by `run.py`. `links` trains by several methods in turn and says how fast, and what crossed the link; `loss`
-does so with evaluations, until a loss is reached; `train` trains once, and notes every step and every log entry as it
-comes, so that there is something to read of a worker that was killed.
+does so with evaluations, until a loss is reached; `formats` sends blocks in one format after the other; `train` trains
+once, and notes every step and every log entry as it comes, so that there is something to read of a worker that was
+killed.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,6 +196,36 @@ def loss(bench: Bench) -> None:
     turns.write()
 
 
+def formats(bench: Bench) -> None:
+    """LayUp with each format in turn, evaluated when its samples are used up; into `FOLDER/worker-RANK.json`."""
+    turns, options = Turns(bench), bench.options
+    notes_file = options.folder / f"notes-{options.host}.jsonl"
+    fixed = {"learning_rate": options.learning_rates[0], "warmup_steps": options.steps // 5}
+    fixed |= {"eval_strategy": "steps", "eval_steps": options.steps, "logging_steps": max(1, options.steps // 4)}
+    for name in options.rates:
+        turns.set_rate(name)
+        for seed, wire_dtype in itertools.product(options.seeds, options.wire_dtypes):
+            notes_file.unlink(missing_ok=True)
+            result = turns.run("layup", options.steps, [Notes(notes_file)], seed=seed, wire_dtype=wire_dtype, **fixed)
+            noted: dict[str, Any] = {}
+            for note in read_lines(notes_file):  # totals since the start: what was logged last
+                noted |= {key: value for key, value in note.items() if note["event"] == "log"}
+                noted |= {"held_out": note["loss"]} if note["event"] == "evaluation" else {}
+            turns.keep(
+                result,
+                wire_dtype=wire_dtype,
+                seed=seed,
+                loss=noted["held_out"],
+                steps_in_all=options.steps,
+                merges=noted["layup/merges"],
+                received=result["received_per_step"] * result["steps"],
+                resent=noted.get("layup/resent_blocks", 0.0),
+                consensus_distance=noted["layup/consensus_distance"],
+                mass=noted["layup/mass"],
+            )
+    turns.write()
+
+
 def train(bench: Bench) -> None:
     """One run, noted into `FOLDER/notes-HOST.jsonl`; its end into `FOLDER/worker-HOST.json`."""
     options = bench.options
@@ -227,7 +259,7 @@ def train(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["links", "loss", "train"])
+    parser.add_argument("what", choices=["links", "loss", "formats", "train"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--host", type=int, required=True)
     parser.add_argument("--methods", nargs="+", required=True)
@@ -238,6 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--wire_dtypes", nargs="+", default=[])
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--pace", type=float, default=0)
     parser.add_argument("--batch_size", type=int, required=True)
@@ -252,7 +285,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     bench = Bench(options, rest)
-    {"links": links, "loss": loss, "train": train}[options.what](bench)
+    {"links": links, "loss": loss, "formats": formats, "train": train}[options.what](bench)
     if options.what == "train":  # somebody may be missing
         leave(bench.state)
     else:
