@@ -38,7 +38,8 @@ def show_formats(results: Results) -> None:
         row = [rate, wire_dtype, f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"]
         merges = sum(run["merges"] for run in runs)
         row += [f"{merges / sum(run['steps_in_all'] for run in runs):.3f}"]
-        row += [f"{sum(run['received'] for run in runs) / max(merges, 1) / 1e3:.0f} kB"]
+        received = sum(run["received"] for run in runs)
+        row += [f"{received / merges / 1e3:.0f} kB" if merges else "none"]
         row += [f"{statistics.mean(run['resent'] for run in runs):.1f}"]
         row += [f"{statistics.mean(run['consensus_distance'] for run in firsts):.4f}"]
         row += [", ".join(f"{mass:g}" for mass in sorted({run["mass"] for run in runs}))]
