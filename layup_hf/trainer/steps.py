@@ -147,6 +147,7 @@ class BlockSteps:
     def _taking(self, clipper: BlockClipper | None) -> Callable[[Block], None]:
         """What is done with a block at its boundary."""
         optimizer, exchange, one_pass = self._model.optimizer, self._exchange, self.one_pass
+        snapshots = self._model.snapshots
 
         def step_in_parts(block: Block) -> None:
             self._merge(block)
@@ -170,6 +171,7 @@ class BlockSteps:
                 self._offer(block)
 
         def take_block(block: Block) -> None:
+            snapshots.before_step(block.index)
             if one_pass is not None and one_pass.fits(block):
                 step_in_one_pass(block, one_pass)
             else:
@@ -185,6 +187,7 @@ class BlockSteps:
         """What is done with all blocks where they step at once, when backward has ended."""
         exchange, blocks = self._exchange, list(reversed(self._model.blocks))
         for block in blocks:
+            self._model.snapshots.before_step(block.index)
             self._merge(block)
         with contextlib.ExitStack() as held:
             for block in blocks:
