@@ -223,6 +223,8 @@ class Snapshot:
             with torch.cuda.stream(stream):
                 room.copy_(part, non_blocking=True)
             stream.synchronize()
+        elif part.device.type != "cpu":
+            room.copy_(part)
         else:
             room.numpy()[:] = part.numpy()  # by this thread alone: torch would start others beside those that train
         return room

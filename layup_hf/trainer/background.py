@@ -21,7 +21,7 @@ PARTS = "parts"
 
 _POLL = 0.02  # seconds between two looks at whether others have written theirs
 _PATIENCE = 300.0  # seconds without a sign of another worker's writing, after which it is not waited for any more
-_PATIENCE_AT_END = 10.0  # the same, where training ends with an error, and the other worker may be gone
+_PATIENCE_AT_END = 45.0  # the same, where the other worker may be gone; a network's file system shows marks late
 
 
 class CheckpointFailed(RuntimeError):
@@ -73,7 +73,7 @@ class BackgroundCheckpoint:
         self._snapshots, self._awaited, self._limit, self.best = snapshots, awaited, limit, best
         self._push = push
         self._aside = folder / UNFINISHED
-        self._patience = _PATIENCE
+        self._patience, self._asked = _PATIENCE, 0.0
         self._begin = time.perf_counter()
         self._has_written = threading.Event()
         self._thread: threading.Thread | None = None
@@ -100,9 +100,10 @@ class BackgroundCheckpoint:
         try:
             self._write()
             if self._awaited is not None and self._others_have_written(self._awaited):
+                waits_for_push = self._push is not None  # of which the training thread takes care from here on
                 publish(self._folder, self.name)
                 self.is_published = True
-                if self._push is None:
+                if not waits_for_push:
                     self._rotate()
         except Exception as error:
             self._fail(error)
@@ -134,11 +135,11 @@ class BackgroundCheckpoint:
 
     def _fail(self, error: Exception) -> None:
         """Tell people at once; the training thread raises it at its next step."""
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}".removesuffix(".")
         self.failure = CheckpointFailed(
-            f"Rank {self._rank} could not write {self.name} in the background: {text} It is not complete, and will "
-            f"not be; the other checkpoints in {self._folder} are. Make room there or mend what is wrong, and go on "
-            "from the last of them (`resume_from_checkpoint=True`)."
+            f"Rank {self._rank} could not write {self.name} in the background: {text}. It is not complete, and "
+            f"will not be; the other checkpoints in {self._folder} are. Make room there, or mend what is wrong, and go "
+            "on from the last of them (`resume_from_checkpoint=True`)."
         )
         self.failure.__cause__ = error
         logger.error(str(self.failure))
@@ -154,7 +155,7 @@ class BackgroundCheckpoint:
             signs = [_sign_of(self._aside / f"{PARTS}-{rank}") for rank in missing]
             if signs != seen:
                 seen, since = signs, time.monotonic()
-            if failed or time.monotonic() - since > self._patience:
+            if failed or time.monotonic() - max(since, self._asked) > self._patience:
                 self.is_abandoned = True
                 ranks_text = ", ".join(map(str, failed or missing))
                 logger.warning(
@@ -203,7 +204,7 @@ class BackgroundCheckpoint:
 
     def wait(self) -> None:
         """Until this worker has written its part, and where it completes the checkpoint all have, or give no sign."""
-        self._patience = _PATIENCE_AT_END
+        self._patience, self._asked = _PATIENCE_AT_END, time.monotonic()
         self._join()
 
     def _join(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import struct
@@ -143,7 +144,10 @@ class Deferral:
                 setattr(module, name, stock)
 
     def _instead_of(self, stock: Callable[..., Any], lay_out: Callable[..., HollowFile | None]) -> Callable[..., Any]:
-        def write(content: Any, place: Any, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(stock)
+
+        def write(*args: Any, **kwargs: Any) -> Any:
+            content, place, *options = signature.bind(*args, **kwargs).arguments.values()
             file = None
             if threading.get_ident() == self._thread and isinstance(place, str | os.PathLike):
                 relative = os.path.relpath(os.fspath(place), self._folder)
@@ -151,9 +155,9 @@ class Deferral:
                     file = HollowFile(self._parts / relative, Path(place))
                     self.files = [other for other in self.files if other.path != file.path]  # it is written again
                     file.path.parent.mkdir(parents=True, exist_ok=True)
-                    file = lay_out(stock, content, file, *args, **kwargs)
+                    file = lay_out(stock, content, file, *options)
             if file is None:
-                return stock(content, place, *args, **kwargs)
+                return stock(*args, **kwargs)
             self.files.append(file)
             return None
 
@@ -162,10 +166,10 @@ class Deferral:
     # ---- torch.save ----
 
     def _torch_save(
-        self, stock: Callable[..., Any], content: Any, file: HollowFile, *options: Any, **more: Any
+        self, stock: Callable[..., Any], content: Any, file: HollowFile, *options: Any
     ) -> HollowFile | None:
         """By torch's own way to leave out the bytes of storages: `torch.serialization.skip_data`."""
-        if options or more:
+        if options:
             return None
         with _noting_storages() as storages, torch.serialization.skip_data():
             stock(content, file.path)

@@ -27,8 +27,8 @@ write = hollow._write
 class BackgroundConfig(LayupConfig):
     """`LayupConfig` with a pace and with faults."""
 
-    slow: float = 0.002
-    """Seconds that each piece takes longer to be written."""
+    slow: float = 0.001
+    """Seconds that each write takes longer."""
     pause: float = 0.02
     """Seconds that each step takes longer."""
     fault: str = ""
@@ -94,7 +94,7 @@ def run_case(options):
 
     hollow._write = slowly
     pace = Pace(config, result)
-    trainer = Saving(model=gpt2(), args=config, train_dataset=text(256), callbacks=[pace])
+    trainer = Saving(model=gpt2(), args=config, train_dataset=text(256), eval_dataset=text(8), callbacks=[pace])
     trainer.result, pace.trainer = result, trainer
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

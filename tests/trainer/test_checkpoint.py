@@ -19,7 +19,7 @@ from test_loop import all_samples, counts, seen_until, start, work
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from layup_hf import LayupTrainer
-from layup_hf.trainer.checkpoint import UNFINISHED
+from layup_hf.trainer.folders import UNFINISHED
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 5}
 
