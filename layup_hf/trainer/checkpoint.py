@@ -96,26 +96,26 @@ class Checkpoints:
         """
         begin = time.perf_counter()
         self.finish()
-        folder, name = Path(output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self._host.state.global_step}"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self._host.state.global_step}"
         if self._is_for_background():
-            self._present = self._begin(folder, name, stock)
+            self._present = self._begin(output_dir, name, stock)
             self._present.standing = standing = time.perf_counter() - begin
             self._present.start()
         else:
-            self._write(folder, name, stock)
+            self._write(output_dir, name, stock)
             standing = time.perf_counter() - begin
             self.latest = Written(name, standing, standing)
             logger.info(f"{name} is complete: all workers stood still for {standing:.3f} s for it.")
         if self._present is not None or self._host.world_size > 1:
             self._host.log({"layup/checkpoint_standing": standing})
 
-    def _write(self, folder: Path, name: str, stock: Callable[[], None]) -> None:
+    def _write(self, output_dir: str, name: str, stock: Callable[[], None]) -> None:
         """All of it now. Collective."""
-        args, state = self._host.args, self._host.state
+        args, state, folder = self._host.args, self._host.state, Path(output_dir)
         with self._writing_aside(folder):
             stock()
         self._shared.require(folder / UNFINISHED / name)
-        state.best_model_checkpoint = self._note_best(folder, name)
+        state.best_model_checkpoint = self._note_best(output_dir, name)
         if args.should_save:
             publish(folder, name)
         push, self._push = self._push, None  # it refers to the trainer, which is not to be kept alive
@@ -150,13 +150,13 @@ class Checkpoints:
         finally:
             self._aside = None
 
-    def _note_best(self, folder: Path, name: str) -> str | None:
+    def _note_best(self, output_dir: str, name: str) -> str | None:
         """The best checkpoint, this one or another; written into this one's state."""
         state = self._host.state
-        best, written = self._best_of(str(folder)), state.best_model_checkpoint
+        best, written = self._best_of(output_dir), state.best_model_checkpoint
         if self._host.args.should_save and best != written:
             state.best_model_checkpoint = best
-            state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
+            state.save_to_json(os.path.join(output_dir, UNFINISHED, name, TRAINER_STATE_NAME))
         return best
 
     def _best_of(self, output_dir: str) -> str | None:
@@ -192,9 +192,10 @@ class Checkpoints:
         self._known_reader = reader
         return found[0][0] and reader is None
 
-    def _begin(self, folder: Path, name: str, stock: Callable[[], None]) -> BackgroundCheckpoint:
+    def _begin(self, output_dir: str, name: str, stock: Callable[[], None]) -> BackgroundCheckpoint:
         """Write what is small; what is left to be written. Collective."""
-        host, state, aside = self._host, self._host.state, folder / UNFINISHED
+        host, state, folder = self._host, self._host.state, Path(output_dir)
+        aside = folder / UNFINISHED
         best_before = state.best_model_checkpoint
         snapshots = self._model.snapshots
         snapshots.present = snapshot = Snapshot(owners_of(host.model, self._model.blocks, self._model.optimizer.state))
@@ -208,7 +209,7 @@ class Checkpoints:
             raise
         if host.rank in apart and not host.args.should_save:
             deferral.files.clear()
-        best = self._note_best(folder, name)
+        best = self._note_best(output_dir, name)
         state.best_model_checkpoint = best_before  # until the new one is complete: see `finish`
         push, self._push = self._push, None
         if push is not None:
