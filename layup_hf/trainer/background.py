@@ -22,6 +22,7 @@ PARTS = "parts"
 _POLL = 0.02  # seconds between two looks at whether others have written theirs
 _PATIENCE = 300.0  # seconds without a sign of another worker's writing, after which it is not waited for any more
 _PATIENCE_AT_END = 45.0  # the same, where the other worker may be gone; a network's file system shows marks late
+_PATIENCE_WITH_GONE = 1.0  # the same, where it is known that some worker is gone
 
 
 class CheckpointFailed(RuntimeError):
@@ -39,6 +40,7 @@ class BackgroundCheckpoint:
         folder: Where checkpoints go.
         name: Of this one.
         rank: This worker's, when the checkpoint was taken.
+        workers: How many there were then.
         files: What it has to fill.
         snapshots: Has what they are filled from, until they are.
         awaited: Whose marks are needed, on the worker that completes the checkpoint; None on the others.
@@ -61,6 +63,7 @@ class BackgroundCheckpoint:
         folder: Path,
         name: str,
         rank: int,
+        workers: int,
         files: Sequence[HollowFile],
         snapshots: Snapshots,
         *,
@@ -69,7 +72,7 @@ class BackgroundCheckpoint:
         best: str | None = None,
         push: Callable[[str], None] | None = None,
     ) -> None:
-        self._folder, self.name, self._rank, self._files = folder, name, rank, list(files)
+        self._folder, self.name, self._rank, self._workers, self._files = folder, name, rank, workers, list(files)
         self._snapshots, self._awaited, self._limit, self.best = snapshots, awaited, limit, best
         self._push = push
         self._aside = folder / UNFINISHED
@@ -106,7 +109,10 @@ class BackgroundCheckpoint:
                 if not waits_for_push:
                     self._rotate()
         except Exception as error:
-            self._fail(error)
+            if self._folder.exists() and not (self._aside / self.name).exists() and not self.is_published:
+                self._abandon("the others have done without this worker, and cleared it away")
+            else:
+                self._fail(error)
         finally:
             self.seconds = time.perf_counter() - self._begin
             self._has_written.set()
@@ -156,15 +162,17 @@ class BackgroundCheckpoint:
             if signs != seen:
                 seen, since = signs, time.monotonic()
             if failed or time.monotonic() - max(since, self._asked) > self._patience:
-                self.is_abandoned = True
-                ranks_text = ", ".join(map(str, failed or missing))
-                logger.warning(
-                    f"{self.name} is not complete, and will not be: rank {ranks_text} has not written its part. The "
-                    f"other checkpoints in {self._folder} are complete."
-                )
+                self._abandon(f"rank {', '.join(map(str, failed or missing))} has not written its part")
                 return False
             time.sleep(_POLL)
         return True
+
+    def _abandon(self, why: str) -> None:
+        self.is_abandoned = True
+        logger.warning(
+            f"{self.name} is not complete, and will not be: {why}. The other checkpoints in {self._folder} are "
+            "complete."
+        )
 
     # ---- On the training thread ----
 
@@ -192,19 +200,22 @@ class BackgroundCheckpoint:
         """Until this worker has written its part, or failed."""
         self._has_written.wait()
 
-    def finish(self) -> None:
+    def finish(self, workers: int) -> None:
         """Wait until all is done, and what is to be pushed is. All workers that are left have written their part.
+
+        Args:
+            workers: How many of those are left that it was begun with.
 
         Raises:
             CheckpointFailed: This worker could not write its part.
         """
-        self.wait()
+        self.wait(_PATIENCE_AT_END if workers == self._workers else _PATIENCE_WITH_GONE)
         self.attend()
         self._join()
 
-    def wait(self) -> None:
+    def wait(self, patience: float = _PATIENCE_AT_END) -> None:
         """Until this worker has written its part, and where it completes the checkpoint all have, or give no sign."""
-        self._patience, self._asked = _PATIENCE_AT_END, time.monotonic()
+        self._patience, self._asked = patience, time.monotonic()
         self._join()
 
     def _join(self) -> None:

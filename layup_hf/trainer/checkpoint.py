@@ -219,6 +219,7 @@ class Checkpoints:
             folder,
             name,
             host.rank,
+            len(writes),
             deferral.files,
             snapshots,
             awaited=[rank for rank, some in enumerate(writes) if some] if host.args.should_save else None,
@@ -267,7 +268,7 @@ class Checkpoints:
 
         def complete() -> bool:
             if present is not None:
-                present.finish()  # all that are here have written
+                present.finish(len(known))  # who have all written
             if self._host.args.should_save and (is_orphan or (present is not None and present.is_abandoned)):
                 clear(Path(self._host.folder))
             return present is not None and present.is_published

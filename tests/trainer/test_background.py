@@ -24,8 +24,9 @@ from transformers import TrainerCallback
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import snapshot
+from layup_hf.blocks.snapshot import Snapshot, Snapshots
 from layup_hf.trainer import hollow
-from layup_hf.trainer.background import CheckpointFailed
+from layup_hf.trainer.background import BackgroundCheckpoint, CheckpointFailed
 from layup_hf.trainer.folders import UNFINISHED
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 7, "checkpoints": "background"}
@@ -383,6 +384,40 @@ def test_it_excludes_a_copy_on_each_machine(tmp_path):
         arguments(tmp_path, checkpoints="background", save_on_each_node=True)
     with pytest.raises(ValueError, match="checkpoints='later' is unknown"):
         arguments(tmp_path, checkpoints="later")
+
+
+# ---- Several workers ----
+
+
+@pytest.mark.parametrize("sign", ["written", "failed", None])
+def test_whose_part_never_comes_is_named_and_nothing_appears(tmp_path, sign, caplog):
+    """Rank 0 has nothing to write itself; rank 1 leaves a mark, or none."""
+    aside = tmp_path / UNFINISHED
+    (aside / "checkpoint-5").mkdir(parents=True)
+    snapshots = Snapshots()
+    snapshots.present = Snapshot([])
+    checkpoint = BackgroundCheckpoint(tmp_path, "checkpoint-5", 0, 2, [], snapshots, awaited=[1])
+    checkpoint.start()
+    if sign is not None:
+        (aside / f"{sign}-1").touch()
+    checkpoint.finish(workers=2 if sign is not None else 1)
+    assert checkpoint.is_published == (tmp_path / "checkpoint-5").exists() == (sign == "written")
+    assert checkpoint.is_abandoned == (sign != "written")
+    assert ("rank 1 has not written its part" in caplog.text) == (sign != "written")
+    assert snapshots.present is None
+
+
+def test_what_the_others_have_cleared_away_is_given_up(tmp_path, caplog):
+    (tmp_path / UNFINISHED / "checkpoint-5").mkdir(parents=True)
+    snapshots = Snapshots()
+    snapshots.present = Snapshot([])
+    checkpoint = BackgroundCheckpoint(tmp_path, "checkpoint-5", 0, 2, [], snapshots, awaited=[])
+    shutil.rmtree(tmp_path / UNFINISHED)
+    checkpoint.start()
+    checkpoint.finish(workers=2)
+    assert checkpoint.is_abandoned
+    assert checkpoint.failure is None
+    assert "done without this worker" in caplog.text
 
 
 # ---- Two workers ----
