@@ -253,7 +253,10 @@ class Snapshots:
             present.close()
 
     def before_step(self, block: int) -> None:
-        """The block with this index, and what the optimizer has of it, are about to be written."""
+        """The block with this index, and what the optimizer has of it, are about to be written.
+
+        To be called while nothing else writes the block, on the device, too: what is queued there waits for the copy.
+        """
         if (present := self.present) is not None:
             present.before_write(block)
 

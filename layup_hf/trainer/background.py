@@ -16,13 +16,26 @@ from .hollow import HollowFile
 
 logger = logging.getLogger(__name__)
 
-PARTS = "parts"
-"""Begins the name of the folder in which a worker has the files that it is still writing."""
-
-_POLL = 0.02  # seconds between two looks at whether others have written theirs
+_POLL = 0.02  # seconds between two looks at whether others have written theirs, in the beginning
+_POLL_SHARE = 0.05  # of the time that has passed: a file system in a network is not to be asked for ever more often
+_POLL_MOST = 0.5
 _PATIENCE = 300.0  # seconds without a sign of another worker's writing, after which it is not waited for any more
 _PATIENCE_AT_END = 45.0  # the same, where the other worker may be gone; a network's file system shows marks late
 _PATIENCE_WITH_GONE = 1.0  # the same, where it is known that some worker is gone
+
+
+def parts_of(aside: Path, rank: int, name: str) -> Path:
+    """The folder in which a worker has the files that it is still writing.
+
+    It has the checkpoint's name, as the marks have: a worker that the others have done without, and that is only slow,
+    finds nothing of theirs, and leaves nothing that they would take for their own.
+
+    Args:
+        aside: Where unfinished checkpoints are.
+        rank: The worker's, when the checkpoint was taken.
+        name: Of the checkpoint.
+    """
+    return aside / f"parts-{rank}-of-{name}"
 
 
 class CheckpointFailed(RuntimeError):
@@ -49,6 +62,7 @@ class BackgroundCheckpoint:
         push: What is to be done with the complete folder, on the training thread.
 
     Attributes:
+        folder: Where checkpoints go.
         name: Of the checkpoint.
         standing: Seconds that the workers stood still for it. Set by who makes it.
         seconds: That writing took, until it was complete; of a worker that does not complete it, its own.
@@ -72,7 +86,7 @@ class BackgroundCheckpoint:
         best: str | None = None,
         push: Callable[[str], None] | None = None,
     ) -> None:
-        self._folder, self.name, self._rank, self._workers, self._files = folder, name, rank, workers, list(files)
+        self.folder, self.name, self._rank, self._workers, self._files = folder, name, rank, workers, list(files)
         self._snapshots, self._awaited, self._limit, self.best = snapshots, awaited, limit, best
         self._push = push
         self._aside = folder / UNFINISHED
@@ -104,12 +118,12 @@ class BackgroundCheckpoint:
             self._write()
             if self._awaited is not None and self._others_have_written(self._awaited):
                 waits_for_push = self._push is not None  # of which the training thread takes care from here on
-                publish(self._folder, self.name)
+                publish(self.folder, self.name)
                 self.is_published = True
                 if not waits_for_push:
                     self._rotate()
         except Exception as error:
-            if self._folder.exists() and not (self._aside / self.name).exists() and not self.is_published:
+            if self.folder.exists() and not (self._aside / self.name).exists() and not self.is_published:
                 self._abandon("the others have done without this worker, and cleared it away")
             else:
                 self._fail(error)
@@ -136,15 +150,17 @@ class BackgroundCheckpoint:
         self._has_written.set()
 
     def _mark(self, what: str) -> None:
-        self._aside.mkdir(parents=True, exist_ok=True)
-        (self._aside / f"{what}-{self._rank}").touch()
+        self._mark_of(what, self._rank).touch()
+
+    def _mark_of(self, what: str, rank: int) -> Path:
+        return self._aside / f"{what}-{rank}-of-{self.name}"
 
     def _fail(self, error: Exception) -> None:
         """Tell people at once; the training thread raises it at its next step."""
         text = f"{type(error).__name__}: {error}".removesuffix(".")
         self.failure = CheckpointFailed(
             f"Rank {self._rank} could not write {self.name} in the background: {text}. It is not complete, and "
-            f"will not be; the other checkpoints in {self._folder} are. Make room there, or mend what is wrong, and go "
+            f"will not be; the other checkpoints in {self.folder} are. Make room there, or mend what is wrong, and go "
             "on from the last of them (`resume_from_checkpoint=True`)."
         )
         self.failure.__cause__ = error
@@ -156,22 +172,21 @@ class BackgroundCheckpoint:
         """Wait until they have; whether it is so."""
         seen, since = None, time.monotonic()
         missing = list(ranks)
-        while missing := [rank for rank in missing if not (self._aside / f"written-{rank}").exists()]:
-            failed = [rank for rank in missing if (self._aside / f"failed-{rank}").exists()]
-            signs = [_sign_of(self._aside / f"{PARTS}-{rank}") for rank in missing]
+        while missing := [rank for rank in missing if not self._mark_of("written", rank).exists()]:
+            failed = [rank for rank in missing if self._mark_of("failed", rank).exists()]
+            signs = [_sign_of(parts_of(self._aside, rank, self.name)) for rank in missing]
             if signs != seen:
                 seen, since = signs, time.monotonic()
             if failed or time.monotonic() - max(since, self._asked) > self._patience:
                 self._abandon(f"rank {', '.join(map(str, failed or missing))} has not written its part")
                 return False
-            time.sleep(_POLL)
+            time.sleep(min(_POLL_MOST, max(_POLL, _POLL_SHARE * (time.perf_counter() - self._begin))))
         return True
 
     def _abandon(self, why: str) -> None:
         self.is_abandoned = True
         logger.warning(
-            f"{self.name} is not complete, and will not be: {why}. The other checkpoints in {self._folder} are "
-            "complete."
+            f"{self.name} is not complete, and will not be: {why}. The other checkpoints in {self.folder} are complete."
         )
 
     # ---- On the training thread ----
@@ -186,15 +201,15 @@ class BackgroundCheckpoint:
             raise self.failure
         if self.is_published and self._push is not None:
             push, self._push = self._push, None
-            push(str(self._folder / self.name))
+            push(str(self.folder / self.name))
             self._in_thread(self._rotate)
 
     def _rotate(self) -> None:
         try:
             if self._limit > 0:
-                rotate(self._folder, self._limit, self.best)
+                rotate(self.folder, self._limit, self.best)
         except OSError as error:  # as in the Trainer: what cannot be removed stays
-            logger.warning(f"Old checkpoints in {self._folder} could not be removed: {error}")
+            logger.warning(f"Old checkpoints in {self.folder} could not be removed: {error}")
 
     def wait_for_own(self) -> None:
         """Until this worker has written its part, or failed."""

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..blocks.snapshot import Snapshot, owners_of
 from ..windows.opening import together
-from .background import PARTS, BackgroundCheckpoint
+from .background import BackgroundCheckpoint, parts_of
 from .blockwise import BlockwiseModel
 from .collectives import Collectives
 from .folders import UNFINISHED, SharedFolder, clear, publish, remove, rotate
@@ -199,22 +199,22 @@ class Checkpoints:
         best_before = state.best_model_checkpoint
         snapshots = self._model.snapshots
         snapshots.present = snapshot = Snapshot(owners_of(host.model, self._model.blocks, self._model.optimizer.state))
-        deferral = Deferral(aside / name, aside / f"{PARTS}-{host.rank}", snapshot)
+        deferral = Deferral(aside / name, parts_of(aside, host.rank, name), snapshot)
         try:
             with self._writing_aside(folder), deferral.deferring():
                 stock()
-            apart = self._shared.require(aside / name)
+            if host.rank in self._shared.require(aside / name) and not host.args.should_save:
+                deferral.files.clear()
+            best = self._note_best(output_dir, name)
+            writes = self._collectives.gather(bool(deferral.files))
         except BaseException:
             snapshots.end()
             raise
-        if host.rank in apart and not host.args.should_save:
-            deferral.files.clear()
-        best = self._note_best(output_dir, name)
-        state.best_model_checkpoint = best_before  # until the new one is complete: see `finish`
+        finally:
+            state.best_model_checkpoint = best_before  # until the new one is complete: see `finish`
         push, self._push = self._push, None
         if push is not None:
             push = functools.partial(self._push_of, state.global_step, state.epoch, push)
-        writes = self._collectives.gather(bool(deferral.files))
         return BackgroundCheckpoint(
             folder,
             name,
@@ -266,16 +266,17 @@ class Checkpoints:
 
         is_orphan = not any(completes for _, completes in known)  # who was to complete it is gone
 
-        def complete() -> bool:
+        def complete() -> str | None:
             if present is not None:
                 present.finish(len(known))  # who have all written
             if self._host.args.should_save and (is_orphan or (present is not None and present.is_abandoned)):
-                clear(Path(self._host.folder))
-            return present is not None and present.is_published
+                clear(present.folder if present is not None else Path(self._host.folder))
+            return present.name if present is not None and present.is_published else None
 
-        self._present = None
-        is_published = together(complete, self._collectives.gather, "write its checkpoint")
-        if any(self._collectives.gather(is_published)) and present is not None:
+        name = together(complete, self._collectives.gather, "write its checkpoint")
+        published: list[str | None] = self._collectives.gather(name)
+        self._present = None  # not before: if some are gone meanwhile, the others come here once more
+        if present is not None and present.name in published:
             self._host.state.best_model_checkpoint = present.best
             self.latest = Written(present.name, present.standing, present.seconds)
         waited = time.perf_counter() - begin
@@ -289,6 +290,7 @@ class Checkpoints:
         present, self._present = self._present, None
         if present is not None:
             present.wait()
+        self._model.snapshots.end()  # of one that was interrupted before it was begun
 
     # ---- At the end ----
 

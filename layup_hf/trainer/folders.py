@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .collectives import Collectives
 from .host import Host
@@ -33,6 +33,9 @@ def clear(folder: Path) -> None:
         place = folder / replaced.name.split("-", 2)[2]
         if not place.exists():  # killed before what was to replace it had its name
             replaced.rename(place)
+    for checkpoint in (folder / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        with contextlib.suppress(OSError):  # first: a worker that is slow and not dead cannot give it its name any more
+            checkpoint.rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 

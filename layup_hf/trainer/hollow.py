@@ -91,7 +91,6 @@ class HollowFile:
                 for offset in hole.checksums:
                     file.seek(offset)
                     _write(file, memoryview(struct.pack("<I", checksum)))
-        self.place.parent.mkdir(parents=True, exist_ok=True)
         self.path.rename(self.place)
 
 
@@ -154,7 +153,8 @@ class Deferral:
                 if not relative.startswith(os.pardir):
                     file = HollowFile(self._parts / relative, Path(place))
                     self.files = [other for other in self.files if other.path != file.path]  # it is written again
-                    file.path.parent.mkdir(parents=True, exist_ok=True)
+                    for folder in (file.path.parent, file.place.parent):
+                        folder.mkdir(parents=True, exist_ok=True)
                     file = lay_out(stock, content, file, *options)
             if file is None:
                 return stock(*args, **kwargs)

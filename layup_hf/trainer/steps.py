@@ -155,6 +155,7 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with exchange.holding(block):
+                snapshots.before_step(block.index)
                 optimizer.step_block(block)
                 self._offer(block)
 
@@ -162,6 +163,7 @@ class BlockSteps:
             engine, moments = self._engine, exchange.moments
             factor = clipper.factor_of(block) if clipper is not None else None
             with exchange.holding(block):
+                snapshots.before_step(block.index)
                 with (
                     engine.merging(block) if engine is not None else contextlib.nullcontext(()) as offers,
                     moments.noting(block) if moments is not None else contextlib.nullcontext() as rows,
@@ -171,7 +173,6 @@ class BlockSteps:
                 self._offer(block)
 
         def take_block(block: Block) -> None:
-            snapshots.before_step(block.index)
             if one_pass is not None and one_pass.fits(block):
                 step_in_one_pass(block, one_pass)
             else:
@@ -187,11 +188,11 @@ class BlockSteps:
         """What is done with all blocks where they step at once, when backward has ended."""
         exchange, blocks = self._exchange, list(reversed(self._model.blocks))
         for block in blocks:
-            self._model.snapshots.before_step(block.index)
             self._merge(block)
         with contextlib.ExitStack() as held:
             for block in blocks:
                 held.enter_context(exchange.holding(block))
+                self._model.snapshots.before_step(block.index)
             step()
             for block in blocks:
                 if (engine := self._engine) is not None:

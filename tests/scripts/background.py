@@ -65,6 +65,16 @@ class Pace(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer, **kwargs):
         self.result["begins"] = moments(optimizer.state_dict()["state"])
+        layup = self.trainer.layup
+        if self.config.merge_at == "arrival":
+            locks, snapshots = layup.exchange.engine._locks, layup.model.snapshots
+            before_step = snapshots.before_step
+
+            def watched(block):
+                self.result["alone"].append(locks[block]._is_owned())
+                before_step(block)
+
+            snapshots.before_step = watched
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.result["times"].append(time.time())
@@ -84,7 +94,15 @@ def run_case(options):
     common = ["--use_cpu", "--report_to=none", "--disable_tqdm=True", "--save_strategy=steps", "--logging_steps=4"]
     common += ["--per_device_train_batch_size=4", "--checkpoints=background"]
     config = HfArgumentParser(BackgroundConfig).parse_args_into_dataclasses([*common, *options])[0]
-    result = {"rank": config.process_index, "saved": {}, "times": [], "unfinished": 0, "done": False, "error": ""}
+    result = {
+        "rank": config.process_index,
+        "saved": {},
+        "times": [],
+        "unfinished": 0,
+        "done": False,
+        "error": "",
+        "alone": [],
+    }
 
     def slowly(file, piece):
         time.sleep(config.slow)

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from stock import BOTH, arguments, gpt2, same, text
 from test_checkpoint import assert_complete, checkpoints, step_of, with_the_best_at_step_2
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from layup_hf import LayupTrainer
 from layup_hf.blocks import snapshot
 from layup_hf.blocks.snapshot import Snapshot, Snapshots
 from layup_hf.trainer import hollow
 from layup_hf.trainer.background import BackgroundCheckpoint, CheckpointFailed
-from layup_hf.trainer.folders import UNFINISHED
+from layup_hf.trainer.folders import UNFINISHED, clear
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 7, "checkpoints": "background"}
 WRITE = hollow._write
@@ -318,6 +318,73 @@ def test_the_best_checkpoint_is_the_best_when_it_is_complete(tmp_path, monkeypat
         assert state["best_model_checkpoint"] == str(tmp_path / folder / "checkpoint-2")
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+def test_one_that_fails_while_it_is_laid_out_leaves_nothing(tmp_path, monkeypatch, error):
+    write = TrainerState.save_to_json
+
+    def fail(self, path):
+        if Path(path).exists():  # the Trainer has written it, and the best checkpoint is to be put into it
+            raise error
+        write(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", fail)
+    args = arguments(tmp_path, **SAVING, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    trainer = LayupTrainer(model=gpt2(), args=args, train_dataset=text(), eval_dataset=text(8))
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.best_model_checkpoint is None
+    assert trainer.layup.model.snapshots.present is None
+    assert checkpoints(tmp_path) == []
+
+
+def test_one_that_is_interrupted_before_it_is_begun_keeps_no_memory(tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackgroundCheckpoint, "start", interrupted)
+    args = arguments(tmp_path, **SAVING)
+    trainer = LayupTrainer(model=gpt2(), args=args, train_dataset=text())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.layup.model.snapshots.present is None
+    assert checkpoints(tmp_path) == []
+
+
+def test_whoever_loses_a_worker_while_it_is_finished_finishes_it_again(tmp_path, monkeypatch):
+    slowly(monkeypatch)
+    seen = []
+
+    class Loses(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step != 2:
+                return
+            part = self.trainer.layup.checkpoints
+            gather, calls = part._collectives.gather, []
+
+            def lost(value):
+                calls.append(value)
+                if len(calls) > 1:  # it is complete by then
+                    raise RuntimeError("lost")
+                return gather(value)
+
+            with monkeypatch.context() as faults:
+                faults.setattr(part._collectives, "gather", lost)
+                with pytest.raises(RuntimeError, match="lost"):
+                    part.finish()
+            assert part.latest is None
+            part.finish()
+            seen.append(part.latest.name)
+            part.finish()  # there is none any more
+
+    loses = Loses()
+    trainer = LayupTrainer(model=gpt2(), args=arguments(tmp_path, **SAVING), train_dataset=text(), callbacks=[loses])
+    loses.trainer = trainer
+    trainer.train()
+    assert seen == ["checkpoint-2"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
+
+
 # ---- Who looks into a checkpoint ----
 
 
@@ -398,8 +465,9 @@ def test_whose_part_never_comes_is_named_and_nothing_appears(tmp_path, sign, cap
     snapshots.present = Snapshot([])
     checkpoint = BackgroundCheckpoint(tmp_path, "checkpoint-5", 0, 2, [], snapshots, awaited=[1])
     checkpoint.start()
+    (aside / "written-1-of-checkpoint-4").touch()  # of one that has been given up, by a worker that is slow
     if sign is not None:
-        (aside / f"{sign}-1").touch()
+        (aside / f"{sign}-1-of-checkpoint-5").touch()
     checkpoint.finish(workers=2 if sign is not None else 1)
     assert checkpoint.is_published == (tmp_path / "checkpoint-5").exists() == (sign == "written")
     assert checkpoint.is_abandoned == (sign != "written")
@@ -407,17 +475,26 @@ def test_whose_part_never_comes_is_named_and_nothing_appears(tmp_path, sign, cap
     assert snapshots.present is None
 
 
-def test_what_the_others_have_cleared_away_is_given_up(tmp_path, caplog):
-    (tmp_path / UNFINISHED / "checkpoint-5").mkdir(parents=True)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_the_others_have_cleared_away_is_given_up(tmp_path, monkeypatch, when, caplog):
+    place, part = (tmp_path / UNFINISHED / name / "a.bin" for name in ("checkpoint-5", "parts-0-of-checkpoint-5"))
+    for file in (place, part):
+        file.parent.mkdir(parents=True)
+    part.write_bytes(bytes(32))
     snapshots = Snapshots()
-    snapshots.present = Snapshot([])
-    checkpoint = BackgroundCheckpoint(tmp_path, "checkpoint-5", 0, 2, [], snapshots, awaited=[])
-    shutil.rmtree(tmp_path / UNFINISHED)
+    snapshots.present = taken = Snapshot([])
+    file = hollow.HollowFile(part, place, [hollow.Hole(0, taken.extent(torch.ones(8).untyped_storage(), 0, 32))])
+    checkpoint = BackgroundCheckpoint(tmp_path, "checkpoint-5", 0, 2, [file], snapshots, awaited=[0])
+    if when == "before":
+        clear(tmp_path)
+    else:
+        monkeypatch.setattr(hollow, "_write", lambda file, piece: clear(tmp_path))
     checkpoint.start()
     checkpoint.finish(workers=2)
     assert checkpoint.is_abandoned
     assert checkpoint.failure is None
     assert "done without this worker" in caplog.text
+    assert list(tmp_path.iterdir()) == []  # nothing is left where the others are writing the next one
 
 
 # ---- Two workers ----
@@ -478,6 +555,8 @@ def test_two_workers_save_what_they_had_while_they_train_on(workers):
 def test_offers_that_are_merged_at_any_moment_change_nothing_that_is_saved(workers):
     place, results = workers
     assert [path.name for path in checkpoints(place["arrival"])] == ["checkpoint-5", "checkpoint-10"]
+    for result in results["arrival"]:
+        assert set(result["alone"]) == {True}  # what merges cannot write what a step lets be copied
     for checkpoint in checkpoints(place["arrival"]):
         assert_as_saved(checkpoint, results["arrival"])
 

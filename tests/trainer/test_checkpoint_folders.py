@@ -1,12 +1,13 @@
 """Whose folder a checkpoint is written into: one that all workers share, or one of each machine."""
 
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 from fleet import gather_between_threads, together
 
-from layup_hf.trainer.folders import UNFINISHED, SharedFolder
+from layup_hf.trainer.folders import UNFINISHED, SharedFolder, clear, publish
 from layup_hf.trainer.restoring import Restoring
 from layup_hf.trainer.state import RunState
 
@@ -56,3 +57,20 @@ def test_a_worker_that_joins_leaves_alone_what_the_others_are_writing(tmp_path):
     state.is_outside = False
     restoring.resume(None, None)
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_what_is_being_cleared_away_gets_no_name_any_more(tmp_path, monkeypatch):
+    """The worker that was to complete it is only slow, and comes in the middle."""
+    (tmp_path / UNFINISHED / "checkpoint-5").mkdir(parents=True)
+    remove, late = shutil.rmtree, []
+
+    def interrupted(folder, **options):
+        late.append(folder)
+        with pytest.raises(FileNotFoundError):
+            publish(tmp_path, "checkpoint-5")
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    clear(tmp_path)
+    assert late == [tmp_path / UNFINISHED]
+    assert list(tmp_path.iterdir()) == []

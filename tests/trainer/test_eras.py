@@ -232,7 +232,7 @@ def test_a_checkpoint_whose_worker_is_gone_is_given_up_and_the_next_is_complete(
         (tmp_path / "hold-1").touch()
         for rank in range(2):
             job.start(rank)
-        parts = tmp_path / "model" / "_unfinished" / "parts-1"
+        parts = tmp_path / "model" / "_unfinished" / "parts-1-of-checkpoint-15"
         end = time.monotonic() + 120
         while not parts.exists():
             assert time.monotonic() < end, job.output()[-8000:]
