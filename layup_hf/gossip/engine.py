@@ -51,6 +51,7 @@ class GossipEngine:
         is_free: Whether the block with this index may be written now: then what has come of it in the background is
             merged at the next moment that this engine has; else it waits for the block's own boundary.
         budget: Decides how many offers of a block are made; None: as many as the sampler draws.
+        before_merge: Called with the index of a block that is about to be moved, unless by the caller of `merging`.
         queues: Of the device that the blocks are on; for tests.
 
     Attributes:
@@ -70,6 +71,7 @@ class GossipEngine:
         offer_every: int = 1,
         is_free: Callable[[int], bool] = lambda index: False,
         budget: ReadBudget | None = None,
+        before_merge: Callable[[int], None] = lambda index: None,
         queues: Queues | None = None,
     ) -> None:
         self._windows = windows
@@ -78,6 +80,7 @@ class GossipEngine:
         self._offer_every = offer_every
         self._is_free = is_free
         self._budget = budget
+        self._before_merge = before_merge
         self._blocks = list(blocks)
         self.mine = [block.tensors for block in blocks]
         self.queues = queues or queues_of(self.mine[0][0].device)
@@ -141,6 +144,8 @@ class GossipEngine:
         return lent
 
     def _move(self, index: int, offers: Sequence[Offer]) -> None:
+        if offers:
+            self._before_merge(index)
         self._merger.merge(self.mine[index], [(offer.theirs, offer.weight) for offer in offers])
 
     def _take(self, index: int, offers: Sequence[Offer]) -> None:

@@ -47,6 +47,7 @@ class Agreement:
         exchange.pause()
         ledger = exchange.ledger if exchange.engine is not None else None
         done = self._members.talk.gather(state.steps_done)
+        self._model.snapshots.before_agreement()
         consensus = reach_consensus(self._model.blocks, ledger, self._members.talk, state.is_new)
         self._agree_on_rest()
         state.is_new = False

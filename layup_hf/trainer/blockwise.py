@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..blocks import Block, split_into_blocks
 from ..blocks.compiling import CompiledLayers, compile_options, nothing_compiled
 from ..blocks.hooks import BlockHooks
+from ..blocks.snapshot import Snapshots
 from ..optim.optimizer import BlockOptimizer
 from .compat import prepared_once
 from .host import Host
@@ -26,6 +27,7 @@ class BlockwiseModel:
     Attributes:
         blocks: Of the model; empty before the first training.
         layers: Those that are compiled, while training; None where none are.
+        snapshots: What of it is to be kept before it is written.
     """
 
     def __init__(self, host: Host) -> None:
@@ -34,6 +36,7 @@ class BlockwiseModel:
         self._prepared: nn.Module | None = None
         self.layers: CompiledLayers | None = None
         self.blocks: list[Block] = []
+        self.snapshots = Snapshots()
 
     def wrap(self, stock: Callable[[nn.Module], Any], model: nn.Module, training: bool) -> Any:
         """As the Trainer's `_wrap_model`, without DDP; with the optimizer, which is there by now, by blocks.

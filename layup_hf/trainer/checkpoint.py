@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint, sort_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from transformers.utils import logging
 
+from ..blocks.snapshot import Snapshot, owners_of
 from ..windows.opening import together
+from .background import BackgroundCheckpoint, parts_of
+from .blockwise import BlockwiseModel
 from .collectives import Collectives
-from .compat import on_plain_cpu
+from .folders import UNFINISHED, SharedFolder, clear, publish, remove, rotate
+from .hollow import Deferral
 from .host import Host
 from .hub import HubPushes
-from .reading import readable
-from .resumed import Resumed, optimizer_name
+from .readers import who_reads
+from .resumed import optimizer_name
 from .state import RunState
 
 logger = logging.get_logger(__name__)
 
-UNFINISHED = "_unfinished"
-"""Folder in the output directory where a checkpoint is written. No upload takes what begins with an underscore."""
+_NOTABLE = 0.1  # seconds of waiting that are worth a line
 
-_REPLACED = "replaced"
-_OF_MODEL = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "adapter_*", "*/adapter_*")
+
+class Written(NamedTuple):
+    """What a checkpoint has taken.
+
+    Attributes:
+        name: Of the checkpoint.
+        standing: Seconds that this worker stood still for it.
+        writing: Seconds until it was complete.
+    """
+
+    name: str
+    standing: float
+    writing: float
 
 
 class Checkpoints:
@@ -40,15 +54,28 @@ class Checkpoints:
     removed. Whatever ends the run at whatever moment, the folders named `checkpoint-*` are complete. (A machine that
     loses its power may lose what its file system had not written yet.)
 
+    With `checkpoints="background"` only what is small is written while the workers stand still. Files of tensors are
+    laid out, and filled while training goes on, from a snapshot (see `Snapshot`, `Deferral`, `BackgroundCheckpoint`).
+
     Attributes:
-        has_warned_of_folder: It has been said that workers do not write to one folder.
+        latest: What the latest complete checkpoint has taken, as this worker knows it.
     """
 
-    def __init__(self, host: Host, state: RunState, collectives: Collectives, hub: HubPushes) -> None:
-        self._host, self._state, self._collectives, self._hub = host, state, collectives, hub
+    def __init__(
+        self,
+        host: Host,
+        state: RunState,
+        collectives: Collectives,
+        hub: HubPushes,
+        model: BlockwiseModel,
+    ) -> None:
+        self._host, self._state, self._collectives, self._hub, self._model = host, state, collectives, hub, model
+        self._shared = SharedFolder(host, collectives)
         self._aside: str | None = None  # where a checkpoint is being written
         self._push: Callable[[str], None] | None = None  # what is to be done when it is complete
-        self.has_warned_of_folder = False
+        self._present: BackgroundCheckpoint | None = None  # is being written in the background
+        self._known_reader: str | None = None
+        self.latest: Written | None = None
 
     # ---- Writing ----
 
@@ -62,24 +89,41 @@ class Checkpoints:
         Args:
             output_dir: Where checkpoints go.
             stock: The Trainer's own way to write one.
+
+        Raises:
+            CheckpointFailed: The one before could not be written in the background.
+            RuntimeError: So it is for another worker.
         """
+        begin = time.perf_counter()
+        self.finish()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self._host.state.global_step}"
+        if self._is_for_background():
+            self._present = self._begin(output_dir, name, stock)
+            self._present.standing = standing = time.perf_counter() - begin
+            self._present.start()
+        else:
+            self._write(output_dir, name, stock)
+            standing = time.perf_counter() - begin
+            self.latest = Written(name, standing, standing)
+            logger.info(f"{name} is complete: all workers stood still for {standing:.3f} s for it.")
+        if self._present is not None or self._host.world_size > 1:
+            self._host.log({"layup/checkpoint_standing": standing})
+
+    def _write(self, output_dir: str, name: str, stock: Callable[[], None]) -> None:
+        """All of it now. Collective."""
         args, state, folder = self._host.args, self._host.state, Path(output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         with self._writing_aside(folder):
             stock()
-        self.require_shared_folder(folder / UNFINISHED / name)
-        best, written = self._best_of(output_dir), state.best_model_checkpoint
-        state.best_model_checkpoint = best
+        self._shared.require(folder / UNFINISHED / name)
+        state.best_model_checkpoint = self._note_best(output_dir, name)
         if args.should_save:
-            if best != written:
-                state.save_to_json(str(folder / UNFINISHED / name / TRAINER_STATE_NAME))
-            _publish(folder, name)
+            publish(folder, name)
         push, self._push = self._push, None  # it refers to the trainer, which is not to be kept alive
         if push is not None:
             self._hub.push_checkpoint(str(folder / name), push)
         limit = args.save_total_limit or 0
         if args.should_save and limit > 0:
-            _rotate(folder, limit, state.best_model_checkpoint)
+            rotate(folder, limit, state.best_model_checkpoint)
         self._collectives.gather(None)  # nobody goes on, perhaps to load the best checkpoint, before it has its name
 
     def push(self, checkpoint_folder: str, stock: Callable[[str], None]) -> None:
@@ -106,21 +150,14 @@ class Checkpoints:
         finally:
             self._aside = None
 
-    def require_shared_folder(self, aside: Path) -> None:
-        """Once all have written, see whether rank 0 has it all; say so if not, and clear away the rest. Collective."""
-        args, gather = self._host.args, self._collectives.gather
-        gather(None)  # all have written
-        written = gather(set(os.listdir(aside)) if aside.is_dir() else set())
-        apart = [rank for rank, files in enumerate(written) if files and files.isdisjoint(written[0])]
-        if self._host.rank in apart and not args.should_save:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-        if apart and self._host.is_first and not self.has_warned_of_folder:
-            self.has_warned_of_folder = True
-            logger.warning(
-                f"The output directory of rank {', '.join(map(str, apart))} is not that of rank 0, so the checkpoints "
-                "have the optimizer and random states of the others alone, and these workers resume with rank 0's. A "
-                "file system that all machines share keeps them all."
-            )
+    def _note_best(self, output_dir: str, name: str) -> str | None:
+        """The best checkpoint, this one or another; written into this one's state."""
+        state = self._host.state
+        best, written = self._best_of(output_dir), state.best_model_checkpoint
+        if self._host.args.should_save and best != written:
+            state.best_model_checkpoint = best
+            state.save_to_json(os.path.join(output_dir, UNFINISHED, name, TRAINER_STATE_NAME))
+        return best
 
     def _best_of(self, output_dir: str) -> str | None:
         """The best checkpoint, under the name that the Trainer gives it; it looks where this one is being written."""
@@ -139,164 +176,128 @@ class Checkpoints:
             os.makedirs(output_dir, exist_ok=True)
             torch.save(self._host.optimizer.state_dict(), os.path.join(output_dir, optimizer_name(rank)))
 
+    # ---- In the background ----
+
+    def _is_for_background(self) -> bool:
+        """Whether a checkpoint is to be written while training goes on; the same for all workers. Collective."""
+        is_wanted = self._host.options.checkpoints == "background"
+        reader = who_reads(self._host.kind, self._host.callbacks.callbacks) if is_wanted else None
+        found: list[tuple[bool, str | None]] = self._collectives.gather((is_wanted, reader))
+        reader = next((name for _, name in found if name is not None), None)
+        if found[0][0] and reader is not None and reader != self._known_reader and self._host.is_first:
+            logger.warning(
+                f"LayUp: workers wait until a checkpoint is written, although `checkpoints` is 'background': {reader}, "
+                "which finds it complete."
+            )
+        self._known_reader = reader
+        return found[0][0] and reader is None
+
+    def _begin(self, output_dir: str, name: str, stock: Callable[[], None]) -> BackgroundCheckpoint:
+        """Write what is small; what is left to be written. Collective."""
+        host, state, folder = self._host, self._host.state, Path(output_dir)
+        aside = folder / UNFINISHED
+        best_before = state.best_model_checkpoint
+        snapshots = self._model.snapshots
+        snapshots.present = snapshot = Snapshot(owners_of(host.model, self._model.blocks, self._model.optimizer.state))
+        deferral = Deferral(aside / name, parts_of(aside, host.rank, name), snapshot)
+        try:
+            with self._writing_aside(folder), deferral.deferring():
+                stock()
+            if host.rank in self._shared.require(aside / name) and not host.args.should_save:
+                deferral.files.clear()
+            best = self._note_best(output_dir, name)
+            writes = self._collectives.gather(bool(deferral.files))
+        except BaseException:
+            snapshots.end()
+            raise
+        finally:
+            state.best_model_checkpoint = best_before  # until the new one is complete: see `finish`
+        push, self._push = self._push, None
+        if push is not None:
+            push = functools.partial(self._push_of, state.global_step, state.epoch, push)
+        return BackgroundCheckpoint(
+            folder,
+            name,
+            host.rank,
+            len(writes),
+            deferral.files,
+            snapshots,
+            awaited=[rank for rank, some in enumerate(writes) if some] if host.args.should_save else None,
+            limit=host.args.save_total_limit or 0,
+            best=best,
+            push=push,
+        )
+
+    def _push_of(self, step: int, epoch: Any, push: Callable[[str], None], place: str) -> None:
+        """Push a checkpoint that has become complete, as when it was taken: the Trainer names it by its state."""
+        state = self._host.state
+        now = state.global_step, state.epoch
+        state.global_step, state.epoch = step, epoch
+        try:
+            self._hub.push_checkpoint(place, push)
+        finally:
+            state.global_step, state.epoch = now
+
+    def attend(self) -> None:
+        """Before a step: do what is to be done on this thread for the checkpoint in the background. Waits for nothing.
+
+        Raises:
+            CheckpointFailed: This worker could not write its part.
+        """
+        if self._present is not None:
+            self._present.attend()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in the background is complete, if there is one. Collective.
+
+        Raises:
+            CheckpointFailed: This worker could not write its part.
+            RuntimeError: Another one could not.
+        """
+        begin, present = time.perf_counter(), self._present
+        if present is not None:
+            present.wait_for_own()
+        found: list[tuple[str, bool] | None] = self._collectives.gather(
+            (present.name, present.completes) if present is not None else None
+        )
+        known = [each for each in found if each is not None]
+        if not known:
+            return
+
+        is_orphan = not any(completes for _, completes in known)  # who was to complete it is gone
+
+        def complete() -> str | None:
+            if present is not None:
+                present.finish(len(known))  # who have all written
+            if self._host.args.should_save and (is_orphan or (present is not None and present.is_abandoned)):
+                clear(present.folder if present is not None else Path(self._host.folder))
+            return present.name if present is not None and present.is_published else None
+
+        name = together(complete, self._collectives.gather, "write its checkpoint")
+        published: list[str | None] = self._collectives.gather(name)
+        self._present = None  # not before: if some are gone meanwhile, the others come here once more
+        if present is not None and present.name in published:
+            self._host.state.best_model_checkpoint = present.best
+            self.latest = Written(present.name, present.standing, present.seconds)
+        waited = time.perf_counter() - begin
+        if waited > _NOTABLE and self._host.is_first:
+            logger.warning(
+                f"LayUp: all workers waited {waited:.2f} s for {known[0][0]} to be written in the background."
+            )
+
+    def end(self) -> None:
+        """Training ends, perhaps with an error: complete what is being written, if the others do, too."""
+        present, self._present = self._present, None
+        if present is not None:
+            present.wait()
+        self._model.snapshots.end()  # of one that was interrupted before it was begun
+
+    # ---- At the end ----
+
     def keep_best_alone(self, trial: Any) -> None:
         """At the end of training, with `save_total_limit=1`: remove the others, as the Trainer would file by file."""
         args, best_of_all = self._host.args, self._host.state.best_model_checkpoint
         if args.should_save and best_of_all is not None and args.save_total_limit == 1:
             folder, best = Path(self._host.output_dir(trial)), Path(best_of_all).resolve()
             others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
-            _remove(folder, others if best.is_dir() else [])
-
-    # ---- Resuming ----
-
-    def find(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint that all workers are to go on from, as the Trainer's `train` is asked for it. Collective.
-
-        Args:
-            wanted: A folder; True for the latest in the output directory.
-
-        Raises:
-            ValueError: There is none; or workers would go on from different steps, or some from none.
-            RuntimeError: So it is for another worker; with its rank.
-        """
-
-        def look() -> tuple[str | None, Resumed | None]:
-            folder = get_last_checkpoint(self._host.folder) if wanted is True else wanted or None
-            if wanted is True and folder is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self._host.folder})")
-            return folder, Resumed.read(folder)
-
-        folder, resumed = together(look, self._collectives.gather, "find its checkpoint")
-        steps = self._collectives.gather(_place(folder, resumed))
-        if len(set(steps)) > 1:
-            places = ", ".join(f"rank {rank} from {step}" for rank, step in enumerate(steps))
-            raise ValueError(
-                f"Workers would not go on from the same: {places}. Give all of them the same checkpoint as "
-                "`resume_from_checkpoint`, in a folder that all can read or in copies of it."
-            )
-        return folder
-
-    def resume(self, checkpoint: str | None, trial: Any) -> None:
-        """Find out what training goes on from, and clear away what a killed run has left. Before all workers meet."""
-        self._state.resumed = Resumed.read(checkpoint)
-        if self._host.args.should_save and not self._state.is_outside:  # the others may be writing just now
-            folder = Path(self._host.output_dir(trial))
-            for replaced in (folder / UNFINISHED).glob(f"{_REPLACED}-*"):
-                place = folder / replaced.name.split("-", 2)[2]
-                if not place.exists():  # killed before what was to replace it had its name
-                    replaced.rename(place)
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-
-    def load_optimizer(self, checkpoint: str | None, stock: Callable[[], None]) -> None:
-        """As the Trainer's `_load_optimizer_and_scheduler`, with this worker's own optimizer state. Collective.
-
-        Raises:
-            ValueError: A file cannot be read, or has numbers that are not finite.
-            RuntimeError: So it is for another worker; with its rank.
-        """
-        if checkpoint is None:
-            return
-        resumed = self._state.resumed
-        file = resumed.optimizer_file(self._host.rank) if resumed is not None else None
-
-        def load() -> None:
-            with readable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME, *([file.name] if file is not None else [])]):
-                with on_plain_cpu(self._host.args):
-                    stock()
-                if file is not None:
-                    self._host.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-            _require_finite(self._host.optimizer, file or Path(checkpoint, OPTIMIZER_NAME))
-
-        together(load, self._collectives.gather, "read its checkpoint")
-
-    def load_model(self, checkpoint: str, stock: Callable[[], None]) -> None:
-        """As the Trainer's `_load_from_checkpoint`. Collective.
-
-        Raises:
-            ValueError: A file cannot be read.
-            RuntimeError: So it is for another worker; with its rank.
-        """
-
-        def load() -> None:
-            with readable(checkpoint, _OF_MODEL):
-                stock()
-
-        together(load, self._collectives.gather, "read its checkpoint")
-
-    def load_random_state(self, checkpoint: str | None, stock: Callable[[], None]) -> None:
-        """As the Trainer's `_load_rng_state`.
-
-        Raises:
-            ValueError: The file cannot be read.
-        """
-        name = f"rng_state_{self._host.rank}.pth" if self._host.world_size > 1 else "rng_state.pth"
-        with readable(checkpoint, [name]):
-            stock()
-
-    def say_what_is_resumed(self) -> None:
-        """Tell what another number of workers than in the checkpoint means."""
-        resumed, workers = self._state.resumed, self._host.world_size
-        if resumed is None or resumed.workers == workers or not self._host.is_first:
-            return
-        unused = ", ".join(map(str, range(workers, resumed.workers)))
-        states = f"those of rank {unused} are not used" if unused else "new workers begin with those of the old in turn"
-        logger.warning(
-            f"{workers} worker(s) go on from step {resumed.global_step} (epoch {resumed.epoch:.4g}) of "
-            f"{resumed.workers}. Optimizer states: {states}. Training ends at step {self._host.state.max_steps}, and "
-            "the learning rate's schedule fits that; what of the epoch has been used is not used again."
-        )
-
-
-def _place(folder: str | None, resumed: Resumed | None) -> str:
-    """What a worker goes on from, for people."""
-    if folder is None:
-        return "no checkpoint"
-    if resumed is not None:
-        return f"step {resumed.global_step}"
-    return f"{folder}, which {'has no state of a Trainer' if os.path.isdir(folder) else 'is not there'}"
-
-
-def _require_finite(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Refuse moments that would make a worker's weights NaN in its first step, and by the exchange those of all.
-
-    Raises:
-        ValueError: Some numbers are not finite.
-    """
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            is_real = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-            if is_real and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{file} has numbers that are not finite (NaN or infinity) in {name!r} of parameter {number}: the "
-                    "weights would become so, too. Resume from another checkpoint; or remove the file, to go on with "
-                    "rank 0's optimizer state, or without that, with a new one."
-                )
-
-
-def _publish(folder: Path, name: str) -> None:
-    """Give a complete checkpoint its name. What had it goes only then."""
-    aside, place = folder / UNFINISHED, folder / name
-    if place.exists():
-        place.rename(aside / f"{_REPLACED}-{uuid.uuid4().hex}-{name}")
-    (aside / name).rename(place)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _rotate(folder: Path, limit: int, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, as the Trainer does: not the latest, not the best."""
-    checkpoints = sort_checkpoints(str(folder), use_mtime=True)
-    kept = {Path(place).resolve() for place in (checkpoints[-1], best) if place is not None}
-    removable = [checkpoint for checkpoint in checkpoints if Path(checkpoint).resolve() not in kept]
-    _remove(folder, removable[: max(0, len(checkpoints) - max(limit, len(kept)))])
-
-
-def _remove(folder: Path, checkpoints: Sequence[str]) -> None:
-    """Remove checkpoints, each at once: what is left of one after a kill no longer has its name.
-
-    As in the Trainer, what cannot be removed stays, and ends no training.
-    """
-    for checkpoint in checkpoints:
-        (folder / UNFINISHED).mkdir(exist_ok=True)
-        with contextlib.suppress(OSError):
-            Path(checkpoint).rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            remove(folder, others if best.is_dir() else [])

@@ -53,6 +53,14 @@ def check_options(args: Any) -> None:
         raise ValueError(f"windows={windows!r} is unknown: use 'auto', 'shared' or 'nixl'.")
     if windows == "nixl" and importlib.util.find_spec("nixl") is None:
         raise ValueError("windows='nixl' needs the package nixl: pip install 'layup_hf[nixl]'.")
+    checkpoints = getattr(args, "checkpoints", "wait")
+    if checkpoints not in ("wait", "background"):
+        raise ValueError(f"checkpoints={checkpoints!r} is unknown: use 'wait' or 'background'.")
+    if checkpoints == "background" and args.save_on_each_node:
+        raise ValueError(
+            "checkpoints='background' and `save_on_each_node` exclude each other: one worker completes a checkpoint. "
+            "Leave one of them out."
+        )
     wire_dtype = getattr(args, "wire_dtype", "fp32")
     if wire_dtype not in ("fp32", "bf16", "int8", "int4"):
         raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32', 'bf16', 'int8' or 'int4'.")

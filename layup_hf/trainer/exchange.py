@@ -129,7 +129,8 @@ class Exchange:
         """What offers and merges, over the windows that have been opened."""
         options = self._host.options
         budget = ReadBudget(len(blocks), sampler.count) if self._finds_peers else None
-        common: dict[str, Any] = {"offer_every": options.offer_every, "budget": budget}
+        before_merge = self._model.snapshots.before_merge
+        common: dict[str, Any] = {"offer_every": options.offer_every, "budget": budget, "before_merge": before_merge}
         if options.merge_at == "arrival":
             may_exchange = self._members.may_exchange
             return ArrivalEngine(blocks, windows, sampler, may_exchange=may_exchange, **common)

@@ -118,7 +118,7 @@ class LayupMixin(_Base):
             ValueError: Some have not, or a file of it cannot be read.
             RuntimeError: Another worker's cannot.
         """
-        return super().train(self._layup.checkpoints.find(resume_from_checkpoint), *args, **kwargs)
+        return super().train(self._layup.restoring.find(resume_from_checkpoint), *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with self._layup.model.wrapped_once():
@@ -156,6 +156,7 @@ class LayupMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; now and then with a measurement of the gradient's bias."""
+        self._layup.checkpoints.attend()
         stock = functools.partial(super().training_step, model, inputs, num_items_in_batch)
         with self._layup.logs.counting():
             return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
@@ -258,14 +259,14 @@ class LayupMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         stock = functools.partial(super()._load_optimizer_and_scheduler, checkpoint)
-        self._layup.checkpoints.load_optimizer(checkpoint, stock)
+        self._layup.restoring.load_optimizer(checkpoint, stock)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         stock = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
-        self._layup.checkpoints.load_model(resume_from_checkpoint, stock)
+        self._layup.restoring.load_model(resume_from_checkpoint, stock)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        self._layup.checkpoints.load_random_state(checkpoint, functools.partial(super()._load_rng_state, checkpoint))
+        self._layup.restoring.load_random_state(checkpoint, functools.partial(super()._load_rng_state, checkpoint))
 
     # ---- The Hub ----
 

@@ -99,6 +99,13 @@ class Options:
             "`off`, or `auto`: with several workers, where the optimizer is torch's AdamW."
         },
     )
+    checkpoints: Literal["wait", "background"] = field(
+        default="wait",
+        metadata={
+            "help": "How a checkpoint is written: `wait`: while all workers stand still; `background`: while they "
+            "train on, from a snapshot in the host's memory. In both cases it has its name when it is complete."
+        },
+    )
     straggler: str | None = field(
         default=None,
         metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},

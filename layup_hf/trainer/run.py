@@ -32,6 +32,7 @@ from .meetings import BatchTooLarge, Meetings
 from .members import Members
 from .points import ConsensusPoints
 from .preemption import PreemptionCallback
+from .restoring import Restoring
 from .state import RunState
 from .steps import BlockSteps
 from .work import WorkSharing
@@ -61,9 +62,10 @@ class LayupRun:
         self.members = members = Members(host, state)
         self.collectives = collectives = Collectives(host, state, members)
         self.hub = HubPushes(host, state)
-        self.checkpoints = Checkpoints(host, state, collectives, self.hub)
+        self.restoring = Restoring(host, state, collectives)
         self.work = self.work_class(host, state, members)
         self.model = model = self.model_class(host)
+        self.checkpoints = Checkpoints(host, state, collectives, self.hub, model)
         self.exchange = exchange = self.exchange_class(host, state, members, model)
         self.steps = self.steps_class(host, state, members, self.work, model, exchange)
         self.logs = Logs(host, state, collectives, model, exchange, self.steps)
@@ -91,7 +93,7 @@ class LayupRun:
         if self.work.goes_by_clock:
             self.start_gossip()
         self.steps.start()
-        self.checkpoints.say_what_is_resumed()
+        self.restoring.say_what_is_resumed()
 
     def start_gossip(self) -> None:
         """Begin to exchange, or get ready to when this worker joins. Collective, but for who joins later."""
@@ -126,7 +128,7 @@ class LayupRun:
         """
         if self.members.plan() is not None:
             checkpoint = None  # it takes over where the others are
-        self.checkpoints.resume(checkpoint, trial)
+        self.restoring.resume(checkpoint, trial)
         if self.minds_preemption:
             self.preemption.install()
         try:
@@ -141,7 +143,10 @@ class LayupRun:
             raise
         finally:
             self.stop()
-            self.preemption.remove()
+            try:
+                self.checkpoints.end()
+            finally:
+                self.preemption.remove()
         if self.state.ends_early and self.preemption.ends_process:
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -200,6 +205,7 @@ class LayupRun:
     def conclude(self) -> None:
         """All that needs the other workers at the end of training. Collective."""
         self.points.reach("the end of training")
+        self.checkpoints.finish()
         self.state.ends_early = self.preemption.has_stopped
         engine = self.exchange.engine
         if engine is None:

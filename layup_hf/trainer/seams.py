@@ -153,7 +153,8 @@ SEAMS = (
     *_of("torch.distributed.distributed_c10d", "2.6", "_set_pg_timeout"),
     *_of("torch.distributed", "2.6", "DistError"),
     *_of("torch.nn.modules.batchnorm", "2.6", "_NormBase"),
-    *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks"),
+    *_of("torch.Tensor", "2.6", "_post_accumulate_grad_hooks", "_version"),
+    *_of("torch.UntypedStorage", "2.6", "_cdata"),  # by which torch.save tells storages apart
     *_of("torch", "2.6", "_dynamo"),  # whose OptimizedModule is a compiled model
     *_of("torch.nn.Module", "2.6", "_compiled_call_impl"),
     *_of("torch.cuda.memory", "2.6", "_set_allocator_settings"),
@@ -170,6 +171,19 @@ OF_GENERATING = ("_buffered_inputs", "_step")
 """What a trainer of TRL that generates keeps: its rollout, and the batches that have been learnt from (0.29 to 1.16).
 
 Looked for when such a trainer is made, as TRL need not be there.
+"""
+
+
+WRITING_TENSORS = (
+    ("torch", "save"),
+    ("safetensors.torch", "save_file"),
+    ("transformers.modeling_utils", "safe_save_file"),
+    ("peft.peft_model", "safe_save_file"),
+)
+"""By what files of tensors are written: the module that calls it, and its name there.
+
+Replaced while a checkpoint is saved with `checkpoints="background"`. What is not imported or has another name writes at
+once, as always, so nothing depends on them.
 """
 
 

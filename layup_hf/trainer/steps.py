@@ -147,6 +147,7 @@ class BlockSteps:
     def _taking(self, clipper: BlockClipper | None) -> Callable[[Block], None]:
         """What is done with a block at its boundary."""
         optimizer, exchange, one_pass = self._model.optimizer, self._exchange, self.one_pass
+        snapshots = self._model.snapshots
 
         def step_in_parts(block: Block) -> None:
             self._merge(block)
@@ -154,6 +155,7 @@ class BlockSteps:
                 optimizer.unscale_block(block)
                 clipper.clip_block(block)
             with exchange.holding(block):
+                snapshots.before_step(block.index)
                 optimizer.step_block(block)
                 self._offer(block)
 
@@ -161,6 +163,7 @@ class BlockSteps:
             engine, moments = self._engine, exchange.moments
             factor = clipper.factor_of(block) if clipper is not None else None
             with exchange.holding(block):
+                snapshots.before_step(block.index)
                 with (
                     engine.merging(block) if engine is not None else contextlib.nullcontext(()) as offers,
                     moments.noting(block) if moments is not None else contextlib.nullcontext() as rows,
@@ -189,6 +192,7 @@ class BlockSteps:
         with contextlib.ExitStack() as held:
             for block in blocks:
                 held.enter_context(exchange.holding(block))
+                self._model.snapshots.before_step(block.index)
             step()
             for block in blocks:
                 if (engine := self._engine) is not None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gossip import make_models
 
+from layup_hf.blocks.snapshot import Snapshots
 from layup_hf.gossip.budget import LEAST, ReadBudget
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.trainer.exchange import Exchange
@@ -137,7 +138,7 @@ def test_merges_are_measured_where_they_are_made():
 def test_how_many_are_read_is_found_out_on_gpus_unless_it_is_said(device, peers, is_found, merge_at):
     fleet = Fleet(make_models(3))
     on_device = [SimpleNamespace(tensors=[SimpleNamespace(device=torch.device(device))])]
-    model = SimpleNamespace(blocks=on_device, is_free=lambda index: False)
+    model = SimpleNamespace(blocks=on_device, is_free=lambda index: False, snapshots=Snapshots())
     host = SimpleNamespace(options=Options(peers_per_step=peers, merge_at=merge_at))
     exchange = Exchange(host, RunState(), members=SimpleNamespace(may_exchange=lambda: True), model=model)
     engine = exchange.make_engine(fleet.blocks[0], fleet.windows[0], fleet.samplers[0])

@@ -19,7 +19,7 @@ from test_loop import all_samples, counts, seen_until, start, work
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from layup_hf import LayupTrainer
-from layup_hf.trainer.checkpoint import UNFINISHED
+from layup_hf.trainer.folders import UNFINISHED
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 5}
 
@@ -203,8 +203,9 @@ def test_the_best_checkpoint_is_spelled_as_the_trainer_does(folder, tmp_path, mo
     Path("a").mkdir()
     options = {**SAVING, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     bests = []
-    for cls, kind in BOTH:
-        args = arguments(folder, kind, **options)
+    for cls, kind in (*BOTH, BOTH[0]):
+        background = {"checkpoints": "background"} if len(bests) == 2 else {}
+        args = arguments(folder, kind, **options, **background)
         args.output_dir = folder
         judged = with_the_best_at_step_2(cls)
         trainer = judged(model=gpt2(), args=args, train_dataset=text(), eval_dataset=text(8))
@@ -212,7 +213,7 @@ def test_the_best_checkpoint_is_spelled_as_the_trainer_does(folder, tmp_path, mo
         bests.append(trainer.state.best_model_checkpoint)
         assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
         shutil.rmtree(folder)
-    assert bests[0] == bests[1]
+    assert bests[0] == bests[1] == bests[2]
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch):

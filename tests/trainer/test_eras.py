@@ -221,3 +221,29 @@ def test_one_launcher_ends_all_workers_when_one_is_killed_and_the_run_can_be_res
     assert first["model"] == second["model"]
     assert first["step"] == second["step"] == 60
     assert load_file(tmp_path / "model" / "checkpoint-60" / "model.safetensors")
+
+
+# ---- A checkpoint in the background ----
+
+
+def test_a_checkpoint_whose_worker_is_gone_is_given_up_and_the_next_is_complete(tmp_path):
+    options = [*OPTIONS, "--max_steps=90", f"--lease_seconds={LEASE}", "--save_steps=15", "--checkpoints=background"]
+    with Launches("eras.py", 2, options, tmp_path) as job:
+        (tmp_path / "hold-1").touch()
+        for rank in range(2):
+            job.start(rank)
+        parts = tmp_path / "model" / "_unfinished" / "parts-1-of-checkpoint-15"
+        end = time.monotonic() + 120
+        while not parts.exists():
+            assert time.monotonic() < end, job.output()[-8000:]
+            time.sleep(0.05)
+        steps = job.output("0").count("made a step")
+        job.wait_for("made a step", "0", times=steps + 2)  # they train on
+        job.workers()["1"].kill()
+        finish(job)
+        assert "checkpoint-15 is not complete, and will not be: rank 1 has not written its part" in job.output("0")
+        assert not (tmp_path / "model" / "checkpoint-15").exists()
+        assert not (tmp_path / "model" / "_unfinished").exists()
+        (result,) = job.results().values()
+        assert (result["step"], result["workers"]) == (90, 1)
+        assert hash_of(GPT2LMHeadModel.from_pretrained(tmp_path / "model" / "checkpoint-90")) == result["model"]

@@ -96,6 +96,7 @@ def strategies(hub, tmp_path_factory):
     held = [faults(step_2=[{"match": "PUT", "hold": True}], step_8=[]), "--waits=False", "--wait_at=4"]
     cases["held"] = [*cases["all_checkpoints"], *held]
     cases["skipped"] = [*SAVES, "--hub_strategy=every_save", *held]
+    cases["background"] = [*cases["all_checkpoints"], "--checkpoints=background"]
     folder = tmp_path_factory.mktemp("strategies")
     (folder / "end" / "_push-left").mkdir(parents=True)  # by a run that was killed
     return push_from(hub, folder, 2, cases)
@@ -155,6 +156,17 @@ def test_the_card_has_the_hyperparameters_and_the_workers(hub, strategies):
     assert int(steps[1]) + int(steps[2]) == 18
     assert float(re.search(r"consensus distance at the end: (\S+)", section)[1]) > 0
     assert "- Transformers" in after
+
+
+def test_a_checkpoint_in_the_background_is_pushed_when_it_is_complete(hub, strategies):
+    results = strategies[0]["background"]
+    saved = [text for message in IN_PROGRESS for text in (message, f"{message}, checkpoint")]
+    assert sorted(messages(hub, "tester/background")) == sorted(messages(hub, "tester/all_checkpoints"))
+    assert set(saved) >= set(messages(hub, "tester/background")) - {"End of training"}
+    assert results[0]["pushes"][:3] == [3, 6, 9]
+    assert_like_the_checkpoint(hub, "tester/background", results, (3, 6, 9))
+    assert results[0]["left"] == []
+    assert results[0]["downloaded_is_model"]
 
 
 # ---- A slow Hub ----

@@ -1,5 +1,6 @@
 """What is used of libraries without being a stable interface: complete, true, and named where it is missing."""
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -20,7 +21,7 @@ from layup_hf import LayupMixin, LayupTrainer
 from layup_hf.optim.adam import is_plain_adam
 from layup_hf.trainer import seams
 from layup_hf.trainer.compat import on_plain_cpu, prepared_once, steps_averaged, uploading_by
-from layup_hf.trainer.seams import SEAMS, TESTED, WORKING, Seam, check_seams
+from layup_hf.trainer.seams import SEAMS, TESTED, WORKING, WRITING_TENSORS, Seam, check_seams
 
 ROOT = Path(__file__).parents[2]
 TRAINER = "transformers.trainer.Trainer"
@@ -76,6 +77,14 @@ def test_nothing_is_listed_that_is_not_used():
     used = set(re.findall(r"\w+", "".join(texts)))
     members = [name for seam in SEAMS for name in (seam.member, seam.before) if name is not None]
     assert [name for name in members if name not in used] == []
+
+
+@pytest.mark.parametrize(("owner", "name"), WRITING_TENSORS)
+def test_what_writes_tensors_is_called_by_the_name_that_is_replaced(owner, name):
+    """Else a checkpoint in the background would be written while workers stand still, and nobody would notice."""
+    module = importlib.import_module(owner)
+    assert callable(vars(module)[name])
+    assert owner.startswith(("torch", "safetensors")) or f"{name}(" in inspect.getsource(module)
 
 
 def test_a_member_that_is_missing_is_named_with_the_versions_that_work(monkeypatch):

@@ -5,6 +5,7 @@
     python -m recipes.measure.bench memory --processes 2     peak memory, each method in a run of its own
     python -m recipes.measure.bench overhead                 one process: step time of LayupTrainer against Trainer
     python -m recipes.measure.bench meetings --processes 2   what logging costs, and the parts of a meeting to evaluate
+    python -m recipes.measure.bench checkpoints              how long workers stand still for a checkpoint, both ways
     python -m recipes.measure.bench quality --processes 4    held-out loss at equal samples, each at its best rate
     python -m recipes.measure.bench gpu --device cuda        one GPU: speed and memory by Trainer; workers that share it
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..common.command import command_line
+from .checkpoints import checkpoints
 from .gpu import gpu
 from .quality import quality
 from .step import step
@@ -31,6 +33,7 @@ MEASURES = {
     "memory": memory,
     "overhead": overhead,
     "meetings": meetings,
+    "checkpoints": checkpoints,
     "quality": quality,
     "gpu": gpu,
 }
