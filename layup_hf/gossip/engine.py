@@ -14,6 +14,8 @@ from ..blocks import Block
 from ..device import Mark, Queues, queues_of
 from ..ledger.counts import percentile
 from ..ledger.mixing import UNIT, merge_weight, share
+from ..trace.clocks import now
+from ..trace.events import MERGE, Track
 from ..windows.base import PeerWindows
 from .budget import ReadBudget
 from .merging import Merger, is_exact
@@ -52,6 +54,7 @@ class GossipEngine:
             merged at the next moment that this engine has; else it waits for the block's own boundary.
         budget: Decides how many offers of a block are made; None: as many as the sampler draws.
         queues: Of the device that the blocks are on; for tests.
+        track: Where merges are recorded; of the thread that merges.
 
     Attributes:
         ledger: Of the windows.
@@ -71,6 +74,7 @@ class GossipEngine:
         is_free: Callable[[int], bool] = lambda index: False,
         budget: ReadBudget | None = None,
         queues: Queues | None = None,
+        track: Track | None = None,
     ) -> None:
         self._windows = windows
         self.ledger = windows.ledger
@@ -78,6 +82,7 @@ class GossipEngine:
         self._offer_every = offer_every
         self._is_free = is_free
         self._budget = budget
+        self._track = track
         self._blocks = list(blocks)
         self.mine = [block.tensors for block in blocks]
         self.queues = queues or queues_of(self.mine[0][0].device)
@@ -109,8 +114,11 @@ class GossipEngine:
         self.announce()
         index = block.index
         lent = self._merge_offers(index, lends=self._lends)
+        start = now() if self._track is not None else 0
         yield lent
         self._take(index, lent)
+        if self._track is not None and lent:
+            self._track.add(MERGE, start, index, len(lent))
         for index in self._windows.arrived(self._is_free):
             if self._is_free(index):
                 self.take_offers(index)
@@ -134,8 +142,11 @@ class GossipEngine:
             own += offer.units
         if apart:
             begin = self.queues.mark() if self._budget is not None else None
+            start = now() if self._track is not None else 0
             self._move(index, apart)
             self._take(index, apart)
+            if self._track is not None:
+                self._track.add(MERGE, start, index, len(apart))
             if self._budget is not None and begin is not None:
                 self._budget.note_merge(index, len(apart), begin, self.queues.mark())
         return lent

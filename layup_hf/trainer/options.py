@@ -98,6 +98,13 @@ class Options:
             "`off`, or `auto`: with several workers, where the optimizer is torch's AdamW."
         },
     )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write what each worker did and waited for into this file (.json), which Perfetto opens. Unset: "
+            "nothing is recorded."
+        },
+    )
     straggler: str | None = field(
         default=None,
         metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ..ledger import Ledger
+from ..trace.clocks import now
+from ..trace.events import ON_ITS_WAY, Trace
 from . import wire
 from .contacts import Contacts
 from .pace import Pace
@@ -39,6 +41,7 @@ class Courier:
         serving: Writes blocks to peers.
         pace: How often to look.
         postmark: Makes and reads messages.
+        trace: Where it is recorded how long blocks are on their way.
 
     Attributes:
         refused: Messages that were refused, by reason.
@@ -54,9 +57,10 @@ class Courier:
         serving: Serving,
         pace: Pace,
         postmark: Postmark,
+        trace: Trace | None = None,
     ) -> None:
         self._transport, self._ledger, self._staging, self._serving = transport, ledger, staging, serving
-        self._pace, self._postmark = pace, postmark
+        self._pace, self._postmark, self._trace = pace, postmark, trace
         self._peers = {peer.rank: peer for peer in peers}
         self._by_name = {peer.name: peer for peer in peers}
         self._contacts = Contacts(transport, staging, serving, pace)
@@ -235,7 +239,7 @@ class Courier:
             peer, slot.block = self._peers[choice[0]], choice[1]
             peer.requests += 1
             slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
-            peer.request = slot
+            peer.request, slot.asked_at = slot, now()
             idle.remove(peer.rank)
             self._contacts.attempt(peer, self._send_request)
             slot = self._staging.take_free() if idle else None
@@ -266,6 +270,8 @@ class Courier:
         if slot is peer.aside:
             self._staging.take_back(slot)
         peer.request = peer.aside = None
+        if self._trace is not None:  # one at a time from each peer
+            self._trace.track(f"from rank {peer.rank}").add(ON_ITS_WAY, slot.asked_at, slot.block)
         self._bytes += self._serving.layout.num_bytes[slot.block]
         if slot.settled == self._ledger.settled and not slot.is_doubtful:
             self._staging.ready[peer.rank, slot.block] = slot

@@ -22,6 +22,7 @@ class Slot:
         views: For each block, its tensors in the buffer.
         peer, block: What it holds or is to hold.
         number: Of the request.
+        asked_at: When that was made: nanoseconds of the monotonic clock.
         settled: How often this worker had settled when it asked: what comes from before a consensus point is not used.
         used: On CUDA, when the training thread's work on it will have ended.
         is_doubtful: Whether the connection of the peer that was asked has broken since: what was under way on it may
@@ -35,6 +36,7 @@ class Slot:
         self.key = transport.key(self.buffer)
         self.views = [layout.views(self.buffer, block) for block in range(len(layout.num_bytes))]
         self.peer = self.block = self.number = self.settled = -1
+        self.asked_at = 0
         self.used: torch.cuda.Event | None = None
         self.is_doubtful = False
         self.rests_until = 0.0
