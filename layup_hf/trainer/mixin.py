@@ -168,8 +168,8 @@ class LayupMixin(_Base):
         with self._layup.collectives.own_tokens(), self._layup.tracing.loss():
             return super().compute_loss(*args, **kwargs)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return self._layup.tracing.inputs(functools.partial(super()._prepare_inputs, inputs))
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layup.tracing.inputs(functools.partial(super()._prepare_inputs, *args, **kwargs))
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         with self._layup.collectives.own_tokens():

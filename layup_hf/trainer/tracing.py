@@ -183,10 +183,13 @@ class StepTracer(TrainerCallback):
 
     Args:
         records: Has the track.
+
+    Attributes:
+        records: The same.
     """
 
     def __init__(self, records: Records) -> None:
-        self._records = records
+        self.records = records
         self._start = self._number = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,7 +200,7 @@ class StepTracer(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._number += 1
-        if (track := self._records.track) is not None:
+        if (track := self.records.track) is not None:
             track.add(STEP, self._start, self._number)
 
 
