@@ -134,6 +134,7 @@ class TrainerHost:
         own = getattr(self._trainer, "loss", None)  # of sentence-transformers' trainers: one, or one for each data set
         found = [getattr(self._trainer, "compute_loss_func", None), *(own.values() if isinstance(own, dict) else [own])]
         return [loss for loss in found if callable(loss)]
+
     @property
     def rollout(self) -> Any:
         return getattr(self._trainer, "_buffered_inputs", None)
