@@ -5,13 +5,19 @@ from collections import Counter, defaultdict
 
 
 def read(file):
-    """A trace, after a look at its format and at whether the events of each thread nest."""
+    """A trace, after a look at its format and at whether the events of each thread nest.
+
+    With small numbers for processes and threads: from 0, and from 0 in each process.
+    """
     trace = json.loads(file.read_text())
     assert set(trace) == {"displayTimeUnit", "traceEvents", "otherData"}
     threads = defaultdict(list)
-    named = set()
+    named, owners = set(), set()
     for event in trace["traceEvents"]:
         assert {"name", "ph", "pid", "tid"} <= set(event)
+        assert event["tid"] >= event["pid"] > 0  # 0 is another thread's number for Perfetto
+        owners.add((event["tid"], event["pid"]))
+        event["pid"], event["tid"] = event["pid"] // 10_000 - 1, event["tid"] - event["pid"]
         if event["ph"] == "M":
             assert event["name"] in ("process_name", "process_sort_index", "thread_name", "thread_sort_index")
             assert len(event["args"]) == 1
@@ -24,6 +30,7 @@ def read(file):
         assert start >= 0
         assert length >= 0
         threads[event["pid"], event["tid"]].append((start, start + length))
+    assert len({thread for thread, _ in owners}) == len(owners)  # Perfetto knows threads by their numbers alone
     for process, thread in threads:
         assert ("process_name", process, 0) in named
         assert ("thread_name", process, thread) in named

@@ -143,6 +143,6 @@ class Trace:
             "rank": rank,
             "host": socket.gethostname(),
             "blocks": list(self.blocks),
-            "tracks": [(name, track.count, track.content()) for name, track in self._tracks.items()],
+            "tracks": [(name, track.count, track.content()) for name, track in list(self._tracks.items())],
             "clock": self.clock.told(),
         }

@@ -18,6 +18,8 @@ import numpy as np
 from .clocks import wall_times
 from .events import FIELDS, KINDS
 
+_THREADS = 10_000  # at most, of a process
+
 
 def write(file: str | os.PathLike[str], recordings: Iterable[dict[str, Any]], begin: int) -> int:
     """Write the trace of several workers, so that it is whole or not there.
@@ -87,12 +89,21 @@ def _told(recording: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _number_of(process: int) -> int:
+    """For the viewers, that of a process and of its main thread: with room for more threads before the next.
+
+    Perfetto takes a thread 0 for the main thread, and knows threads by their numbers: none is to have that of another.
+    """
+    return (process + 1) * _THREADS
+
+
 def _events(process: int, recording: dict[str, Any], begin: int) -> Iterator[dict[str, Any]]:
     """Of one worker, as the format has them."""
     rank, host, blocks = recording["rank"], recording["host"], recording["blocks"]
-    yield _named("process_name", process, 0, name=f"rank {rank} ({host})")
-    yield _named("process_sort_index", process, 0, sort_index=process)
-    for thread, (name, _, events) in enumerate(_tracks(recording)):
+    process = _number_of(process)
+    yield _named("process_name", process, process, name=f"rank {rank} ({host})")
+    yield _named("process_sort_index", process, process, sort_index=process)
+    for thread, (name, _, events) in enumerate(_tracks(recording), start=process):
         yield _named("thread_name", process, thread, name=name)
         yield _named("thread_sort_index", process, thread, sort_index=thread)
         starts = wall_times(events["start"], recording["clock"]) - begin
@@ -150,9 +161,10 @@ def _moved(traces: list[dict[str, Any]], begin: int) -> Iterator[dict[str, Any]]
     for process, trace in enumerate(traces):
         later = trace["otherData"]["began"] - begin
         for event in trace["traceEvents"]:
-            moved = event | {"pid": process}
+            number = _number_of(process)
+            moved = event | {"pid": number, "tid": number + event["tid"] - event["pid"]}
             if event["name"] == "process_sort_index":
-                moved["args"] = {"sort_index": process}
+                moved["args"] = {"sort_index": number}
             if "ts" in event:
                 moved["ts"] = (round(event["ts"] * 1000) + later) / 1000
             yield moved

@@ -1,6 +1,5 @@
 """The file: of the format that viewers read, bounded, whole or not there, and joined from what workers wrote alone."""
 
-import json
 import subprocess
 import sys
 
@@ -146,7 +145,7 @@ def test_parts_are_joined_at_the_times_in_them(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{place} has what was in trace.rank-0.json, trace.rank-2.json, trace.rank-10.json.\n"
     joined = traces.read(place)
-    assert joined == json.loads(whole.read_text())
+    assert joined == traces.read(whole)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["a.json", "b.json"]])
