@@ -105,7 +105,7 @@ def _events(process: int, recording: dict[str, Any], begin: int) -> Iterator[dic
     yield _named("process_sort_index", process, process, sort_index=process)
     for thread, (name, _, events) in enumerate(_tracks(recording), start=process):
         yield _named("thread_name", process, thread, name=name)
-        yield _named("thread_sort_index", process, thread, sort_index=thread)
+        yield _named("thread_sort_index", process, thread, sort_index=thread - process)
         starts = wall_times(events["start"], recording["clock"]) - begin
         ends = wall_times(events["end"], recording["clock"]) - begin
         # What contains comes before what is contained; of two of one time, that which was told later contains.
