@@ -4,8 +4,9 @@
 
 As it is, a small Llama that has read Python's standard library (made by LayUp within a minute, and kept in the cache)
 learns to finish functions: the reward is the share of its arguments that a function uses, if Python can parse it.
-Completions differ in length, so workers take unequal time for each step; nobody waits. ``--trainer ddp`` trains the
-very same with TRL's own trainer. The options take another model, and whatever GRPOConfig has.
+Completions differ in length, so workers take unequal time for each step; nobody waits. (Later they do not differ: a
+model this small learns what pays most for least, which is to name ``self`` and end.) ``--trainer ddp`` trains the very
+same with TRL's own trainer. The options take another model, and whatever GRPOConfig has.
 """
 
 from dataclasses import dataclass, field

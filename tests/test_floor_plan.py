@@ -18,6 +18,7 @@ FLOORS = [
     {"gossip"},
     {"windows", "optim"},
     {"ledger", "blocks", "fleet", "progress", "device", "machine_code"},
+    {"trace"},
 ]
 """From the top: a module imports from its own room and from the floors below. What is on top is one room."""
 

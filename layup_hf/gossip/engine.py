@@ -14,6 +14,8 @@ from ..blocks import Block
 from ..device import Mark, Queues, queues_of
 from ..ledger.counts import percentile
 from ..ledger.mixing import UNIT, merge_weight, share
+from ..trace.clocks import now
+from ..trace.events import MERGE, Track
 from ..windows.base import PeerWindows
 from .budget import ReadBudget
 from .merging import Merger, is_exact
@@ -53,6 +55,7 @@ class GossipEngine:
         budget: Decides how many offers of a block are made; None: as many as the sampler draws.
         before_merge: Called with the index of a block that is about to be moved, unless by the caller of `merging`.
         queues: Of the device that the blocks are on; for tests.
+        track: Where merges are recorded; of the thread that merges.
 
     Attributes:
         ledger: Of the windows.
@@ -73,6 +76,7 @@ class GossipEngine:
         budget: ReadBudget | None = None,
         before_merge: Callable[[int], None] = lambda index: None,
         queues: Queues | None = None,
+        track: Track | None = None,
     ) -> None:
         self._windows = windows
         self.ledger = windows.ledger
@@ -81,6 +85,7 @@ class GossipEngine:
         self._is_free = is_free
         self._budget = budget
         self._before_merge = before_merge
+        self._track = track
         self._blocks = list(blocks)
         self.mine = [block.tensors for block in blocks]
         self.queues = queues or queues_of(self.mine[0][0].device)
@@ -112,8 +117,11 @@ class GossipEngine:
         self.announce()
         index = block.index
         lent = self._merge_offers(index, lends=self._lends)
+        start = now() if self._track is not None else 0
         yield lent
         self._take(index, lent)
+        if self._track is not None and lent:
+            self._track.add(MERGE, start, index, len(lent))
         for index in self._windows.arrived(self._is_free):
             if self._is_free(index):
                 self.take_offers(index)
@@ -137,8 +145,11 @@ class GossipEngine:
             own += offer.units
         if apart:
             begin = self.queues.mark() if self._budget is not None else None
+            start = now() if self._track is not None else 0
             self._move(index, apart)
             self._take(index, apart)
+            if self._track is not None:
+                self._track.add(MERGE, start, index, len(apart))
             if self._budget is not None and begin is not None:
                 self._budget.note_merge(index, len(apart), begin, self.queues.mark())
         return lent

@@ -135,6 +135,10 @@ class TrainerHost:
         found = [getattr(self._trainer, "compute_loss_func", None), *(own.values() if isinstance(own, dict) else [own])]
         return [loss for loss in found if callable(loss)]
 
+    @property
+    def rollout(self) -> Any:
+        return getattr(self._trainer, "_buffered_inputs", None)
+
     # ---- What it counts ----
 
     @property

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..gossip.consensus import reach_consensus
 from ..gossip.rest import agree_on_rest
+from ..trace.events import CONSENSUS, WORKERS
 from .blockwise import BlockwiseModel
 from .exchange import Exchange
 from .host import Host
 from .members import Members
 from .state import RunState
+from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,16 @@ class Agreement:
     """Makes all workers hold the mass-weighted mean, where they have come together for it."""
 
     def __init__(
-        self, host: Host, state: RunState, members: Members, model: BlockwiseModel, exchange: Exchange
+        self,
+        host: Host,
+        state: RunState,
+        members: Members,
+        model: BlockwiseModel,
+        exchange: Exchange,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._members, self._model, self._exchange = host, state, members, model, exchange
+        self._tracing = tracing
         self._named: set[str] = set()  # what a warning has named
 
     @property
@@ -42,11 +51,16 @@ class Agreement:
 
     def agree(self) -> None:
         """Make all workers hold the mean, and log what was found. Collective."""
+        with self._tracing.span(CONSENSUS):
+            self._agree()
+
+    def _agree(self) -> None:
         state, exchange = self._state, self._exchange
         self._model.require_same_parameters()
         exchange.pause()
         ledger = exchange.ledger if exchange.engine is not None else None
-        done = self._members.talk.gather(state.steps_done)
+        with self._tracing.span(WORKERS):
+            done = self._members.talk.gather(state.steps_done)
         self._model.snapshots.before_agreement()
         consensus = reach_consensus(self._model.blocks, ledger, self._members.talk, state.is_new)
         self._agree_on_rest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ def check_options(args: Any) -> None:
         raise ValueError(
             f"peers_per_step={peers}: a worker must offer to at least one peer. Leave it unset for the default."
         )
+    _check_trace(getattr(args, "trace", None))
     if getattr(args, "straggler", None):
         StragglerConfig.parse(args.straggler)
     windows = getattr(args, "windows", "auto")
@@ -121,6 +124,20 @@ def check_options(args: Any) -> None:
                 f"`optim={name!r}` and LayUp exclude each other: it cannot be stepped block by block, as {why}. Choose "
                 "another one, such as 'adamw_torch'."
             )
+
+
+def _check_trace(file: str | None) -> None:
+    """Refuse a file that could not be written when training has ended."""
+    if file is None:
+        return
+    place = Path(file)
+    if place.suffix != ".json":
+        raise ValueError(f"trace={file!r}: viewers tell a trace by its ending. Name a file that ends with .json.")
+    if place.is_dir():
+        raise ValueError(f"trace={file!r} is a folder. Name a file in it, such as {str(place / 'trace.json')!r}.")
+    above = next((folder for folder in place.absolute().parents if folder.exists()), place)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"trace={file!r}: nothing can be written in {str(above)!r}. Name a file in another folder.")
 
 
 def _check_bias_options(args: Any) -> None:

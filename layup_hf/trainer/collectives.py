@@ -12,9 +12,11 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import do_nothing
 
 from ..progress.clock import WorkerFailure
+from ..trace.events import WORKERS
 from .host import Host
 from .members import Members
 from .state import RunState
+from .tracing import Tracing
 
 _CHOOSING: dict[type, dict[str, Any]] = {
     PartialState: {
@@ -65,8 +67,8 @@ class Collectives:
         is_alone: This worker is in the middle of something that the others do not do at the same time.
     """
 
-    def __init__(self, host: Host, state: RunState, members: Members) -> None:
-        self._host, self._state, self._members = host, state, members
+    def __init__(self, host: Host, state: RunState, members: Members, tracing: Tracing) -> None:
+        self._host, self._state, self._members, self._tracing = host, state, members, tracing
         self.is_alone = False
 
     def alone(self, may_meet: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -125,7 +127,8 @@ class Collectives:
         """
         clock = self._state.clock
         try:
-            return self._members.talk.gather(item)
+            with self._tracing.span(WORKERS) if self._host.world_size > 1 else contextlib.nullcontext():
+                return self._members.talk.gather(item)
         except RuntimeError as error:
             if self._members.membership is not None or clock is None:
                 raise

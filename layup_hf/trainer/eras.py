@@ -12,12 +12,14 @@ from transformers import ProgressCallback
 from ..fleet import data
 from ..fleet.group import is_of_group
 from ..fleet.membership import Era, Fenced
+from ..trace.events import ERA
 from .agreement import Agreement
 from .blockwise import BlockwiseModel
 from .exchange import Exchange
 from .host import Host
 from .members import Members
 from .state import RunState
+from .tracing import Tracing
 from .wishes import Wishes
 from .work import WorkSharing
 
@@ -54,9 +56,10 @@ class Eras:
         model: BlockwiseModel,
         exchange: Exchange,
         agreement: Agreement,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._members, self._work = host, state, members, work
-        self._model, self._exchange, self._agreement = model, exchange, agreement
+        self._model, self._exchange, self._agreement, self._tracing = model, exchange, agreement, tracing
         self._exchanging: tuple[str, ...] = ()  # the members that the ledger is of, in the order of their ranks in it
         self._done_without: set[int] = set()
 
@@ -122,6 +125,10 @@ class Eras:
 
     def regroup(self) -> None:
         """Form a new era of all that are left, with who has asked to join. Collective."""
+        with self._tracing.span(ERA):
+            self._regroup()
+
+    def _regroup(self) -> None:
         while True:
             try:
                 era = self._members.present_membership.assemble(admits=self._state.clock is not None)

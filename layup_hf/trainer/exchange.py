@@ -20,6 +20,7 @@ from .host import Host
 from .members import Members
 from .state import RunState
 from .straggler import StragglerCallback
+from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class Exchange:
         masses: Of each worker at the latest consensus point, in units of an equal share.
     """
 
-    def __init__(self, host: Host, state: RunState, members: Members, model: BlockwiseModel) -> None:
-        self._host, self._state, self._members, self._model = host, state, members, model
+    def __init__(self, host: Host, state: RunState, members: Members, model: BlockwiseModel, tracing: Tracing) -> None:
+        self._host, self._state, self._members, self._model, self._tracing = host, state, members, model, tracing
         self._windows: PeerWindows | None = None
         self._ledger: Ledger | None = None
         self.engine: GossipEngine | None = None
@@ -77,6 +78,7 @@ class Exchange:
             job=self._members.job_name[:8] + self._members.era.to_bytes(8, "big"),
             wire_dtype=options.wire_dtype,
             may_end=self._may_end,
+            trace=self._tracing.trace,
         )
         for callback in host.callbacks.callbacks:
             if isinstance(callback, StragglerCallback):
@@ -131,11 +133,13 @@ class Exchange:
         budget = ReadBudget(len(blocks), sampler.count) if self._finds_peers else None
         before_merge = self._model.snapshots.before_merge
         common: dict[str, Any] = {"offer_every": options.offer_every, "budget": budget, "before_merge": before_merge}
+        trace = self._tracing.trace
         if options.merge_at == "arrival":
+            track = trace.track("merging on arrival") if trace is not None else None
             may_exchange = self._members.may_exchange
-            return ArrivalEngine(blocks, windows, sampler, may_exchange=may_exchange, **common)
+            return ArrivalEngine(blocks, windows, sampler, may_exchange=may_exchange, track=track, **common)
         is_free = self._model.is_free if options.merge_at == "boundary" else lambda index: False
-        return GossipEngine(blocks, windows, sampler, is_free=is_free, **common)
+        return GossipEngine(blocks, windows, sampler, is_free=is_free, track=self._tracing.track, **common)
 
     def close(self) -> None:
         """Exchange nothing more. Idempotent."""

@@ -41,6 +41,7 @@ class Host(Protocol):
         accumulation: Batches of the present step, by which the Trainer divides the loss.
         generates: Whether it generates what it learns from, within its steps.
         losses: Functions and modules of the user that compute the loss from what the model gives.
+        rollout: What it has generated last, and learns from.
         hub_model_id: The repository, once it is known.
         push_in_progress: What is being uploaded.
     """
@@ -83,6 +84,8 @@ class Host(Protocol):
     def generates(self) -> bool: ...
     @property
     def losses(self) -> list[Callable[..., Any]]: ...
+    @property
+    def rollout(self) -> Any: ...
 
     optimizer: torch.optim.Optimizer
     state: TrainerState

@@ -20,6 +20,7 @@ from ..fleet.launch import has_joined
 from ..progress.clock import ProgressClock
 from ..progress.randomness import Randomness
 from ..progress.sharing import SharedLoader, SharedStream, Update
+from ..trace.events import CLOCK
 from .collectives import Collectives
 from .eras import Eras
 from .exchange import Exchange
@@ -29,6 +30,7 @@ from .meetings import Meetings
 from .members import Members
 from .report import show_shares
 from .state import RunState
+from .tracing import Tracing
 from .wishes import Wishes
 from .work import WorkSharing, seed_of_data
 
@@ -60,9 +62,10 @@ class TrainingLoop:
         eras: Eras,
         follower: ClockFollower,
         meetings: Meetings,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._collectives, self._members = host, state, collectives, members
-        self._work = work
+        self._work, self._tracing = work, tracing
         self._exchange, self._eras, self._follower, self._meetings = exchange, eras, follower, meetings
         self._grad_norm: Any = None
         self._learning_rate: float | None = None
@@ -104,7 +107,7 @@ class TrainingLoop:
         self._meetings.act = lambda: host.log_evaluate_save(call, self._grad_norm, self._learning_rate)
         self._take_part(epoch)
         skip = call["steps_trained_in_current_epoch"] if is_first else 0
-        for update in self._updates(call["train_dataloader"], epoch, is_last, skip):
+        for update in self._tracing.waiting_for(self._updates(call["train_dataloader"], epoch, is_last, skip)):
             if not self._fits(call["model"], update):
                 state.present_clock.call_meeting()
                 self._meetings.meet(lacks_memory=True)
@@ -258,7 +261,9 @@ class TrainingLoop:
     def _follow_clock(self) -> None:
         """After an own step: draw the next, do what has become due, and meet if anybody wants to."""
         host, clock = self._host, self._state.present_clock
-        self._follower.advance(clock.draw() // self._members.workers, stops_at_wish=True)
+        with self._tracing.span(CLOCK):
+            drawn = clock.draw()
+        self._follower.advance(drawn // self._members.workers, stops_at_wish=True)
         self._eras.mind_members()
         show_shares(host.callbacks.callbacks, self._exchange.ledger.done)
         wants_to_meet = any(Wishes.of(host.control))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..fleet.data import travels
+from ..trace.events import MEETING
 from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
@@ -14,6 +15,7 @@ from .following import ClockFollower
 from .host import Host
 from .members import Members
 from .state import RunState
+from .tracing import Tracing
 from .wishes import Wishes
 
 
@@ -52,9 +54,11 @@ class Meetings:
         agreement: Agreement,
         eras: Eras,
         follower: ClockFollower,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._collectives, self._members = host, state, collectives, members
         self._exchange, self._agreement, self._eras, self._follower = exchange, agreement, eras, follower
+        self._tracing = tracing
         self._agreed = Wishes()  # at the meeting that is being held
         self.act: Callable[[], None] = _nothing
 
@@ -79,11 +83,15 @@ class Meetings:
             BatchTooLarge: So it is for some worker.
             RuntimeError: The workers have come for different purposes, or some do not come at all.
         """
+        with self._tracing.span(MEETING):
+            steps_done, epoch = self._state.steps_done, self._state.epoch
+            self._meet(_Arrival(0, epoch, has_ended, purpose, steps_done, lacks_memory), until_stopped)
+
+    def _meet(self, mine: _Arrival, until_stopped: bool) -> None:
         state = self._state
         if self._exchange.engine is not None:
             self._exchange.engine.pause()
-        state.next_epoch = state.epoch + has_ended
-        mine = _Arrival(0, state.epoch, has_ended, purpose, state.steps_done, lacks_memory)
+        state.next_epoch = state.epoch + mine.has_ended
         while True:
             came_with, self._agreed = self._wishes, Wishes()
             try:

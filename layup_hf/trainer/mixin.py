@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..fleet.group import end_group_at_exit
+from ..trace.events import DATA
 from .adapter import TrainerHost
 from .alone import why_alone
 from .checks import check_data, check_model, check_options, check_runtime, check_search
@@ -98,7 +99,9 @@ class LayupMixin(_Base):
         if self._layup.minds_preemption:
             self.add_callback(self._layup.preemption)
         if straggler := self._layup.host.options.straggler:
-            self.add_callback(StragglerCallback(straggler))
+            self.add_callback(StragglerCallback(straggler, self._layup.tracing))
+        if self._layup.host.options.trace is not None:
+            self.add_callback(self._layup.step_tracer)
         if (why := why_alone(self.args)) is not None:
             logger.warning(f"LayUp: this process trains alone, but {why}.")
         logger.info(f"LayUp sees {self.args.world_size} worker(s); this is rank {self.args.process_index}.")
@@ -158,13 +161,16 @@ class LayupMixin(_Base):
         """As the Trainer's; now and then with a measurement of the gradient's bias."""
         self._layup.checkpoints.attend()
         stock = functools.partial(super().training_step, model, inputs, num_items_in_batch)
-        with self._layup.logs.counting():
+        with self._layup.logs.counting(), self._layup.tracing.in_step():
             return self._layup.steps.training_step(model, inputs, num_items_in_batch, stock)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; in evaluation, too, normalised by this worker's own tokens."""
-        with self._layup.collectives.own_tokens():
+        with self._layup.collectives.own_tokens(), self._layup.tracing.loss():
             return super().compute_loss(*args, **kwargs)
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layup.tracing.inputs(functools.partial(super()._prepare_inputs, *args, **kwargs))
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         with self._layup.collectives.own_tokens():
@@ -177,6 +183,12 @@ class LayupMixin(_Base):
         return self._layup.steps.grad_norm(grad_norm, functools.partial(super()._get_grad_norm, model))
 
     # ---- Data ----
+
+    @_like(Trainer.get_batch_samples)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; how long they take to come is recorded."""
+        with self._layup.tracing.span(DATA):
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_dataloader(
         self,

@@ -106,6 +106,13 @@ class Options:
             "train on, from a snapshot in the host's memory. In both cases it has its name when it is complete."
         },
     )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write what each worker did and waited for into this file (.json), which Perfetto opens. Unset: "
+            "nothing is recorded."
+        },
+    )
     straggler: str | None = field(
         default=None,
         metadata={"help": "Delays to inject, such as 'rank=3,compute=0.4' (seconds per step); see StragglerConfig."},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..trace.events import EVALUATION, SAVING
 from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
@@ -13,8 +14,12 @@ from .host import Host
 from .logs import Logs
 from .meetings import Meetings
 from .state import RunState
+from .tracing import Tracing
 
 T = TypeVar("T")
+
+_SAVES = ("a checkpoint", "save_model()")
+"""Of the purposes; the others evaluate or predict."""
 
 
 class ConsensusPoints:
@@ -30,9 +35,11 @@ class ConsensusPoints:
         agreement: Agreement,
         eras: Eras,
         meetings: Meetings,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._collectives, self._exchange = host, state, collectives, exchange
         self._logs, self._agreement, self._eras, self._meetings = logs, agreement, eras, meetings
+        self._tracing = tracing
         self._is_inside = False  # all workers are together, and have one model
 
     def with_all(self, purpose: str, action: Callable[[], T]) -> T:
@@ -51,7 +58,8 @@ class ConsensusPoints:
             self.reach(purpose)
             self._is_inside = True
             try:
-                return action()
+                with self._tracing.span(SAVING if purpose in _SAVES else EVALUATION):
+                    return action()
             finally:
                 self._is_inside = False
 

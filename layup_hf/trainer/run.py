@@ -35,6 +35,7 @@ from .preemption import PreemptionCallback
 from .restoring import Restoring
 from .state import RunState
 from .steps import BlockSteps
+from .tracing import StepTracer, Tracing
 from .work import WorkSharing
 
 
@@ -59,22 +60,28 @@ class LayupRun:
         self.host = host
         self.state = state = RunState()
         self.preemption = PreemptionCallback(ends_process=not getattr(args, "enable_jit_checkpoint", False))
+        self.tracing = tracing = Tracing(host)
+        self.step_tracer = StepTracer(tracing)
         self.members = members = Members(host, state)
-        self.collectives = collectives = Collectives(host, state, members)
+        self.collectives = collectives = Collectives(host, state, members, tracing)
         self.hub = HubPushes(host, state)
         self.restoring = Restoring(host, state, collectives)
         self.work = self.work_class(host, state, members)
         self.model = model = self.model_class(host)
         self.checkpoints = Checkpoints(host, state, collectives, self.hub, model)
-        self.exchange = exchange = self.exchange_class(host, state, members, model)
-        self.steps = self.steps_class(host, state, members, self.work, model, exchange)
+        self.exchange = exchange = self.exchange_class(host, state, members, model, tracing)
+        self.steps = self.steps_class(host, state, members, self.work, model, exchange, tracing)
         self.logs = Logs(host, state, collectives, model, exchange, self.steps)
-        self.agreement = agreement = Agreement(host, state, members, model, exchange)
-        self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement)
+        self.agreement = agreement = Agreement(host, state, members, model, exchange, tracing)
+        self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement, tracing)
         self.follower = follower = ClockFollower(host, state, collectives, members)
-        self.meetings = Meetings(host, state, collectives, members, exchange, agreement, eras, follower)
-        self.points = ConsensusPoints(host, state, collectives, exchange, self.logs, agreement, eras, self.meetings)
-        self.loop = TrainingLoop(host, state, collectives, members, self.work, exchange, eras, follower, self.meetings)
+        self.meetings = meetings = Meetings(
+            host, state, collectives, members, exchange, agreement, eras, follower, tracing
+        )
+        self.points = ConsensusPoints(host, state, collectives, exchange, self.logs, agreement, eras, meetings, tracing)
+        self.loop = TrainingLoop(
+            host, state, collectives, members, self.work, exchange, eras, follower, meetings, tracing
+        )
 
     @property
     def minds_preemption(self) -> bool:
@@ -90,6 +97,7 @@ class LayupRun:
         self.steps.check()
         self.host.initial_global_step = self.host.state.global_step  # older Trainers do not note it
         self.state.facts = report.RunFacts(self.members.workers, len(self.model.blocks))
+        self.tracing.start()
         if self.work.goes_by_clock:
             self.start_gossip()
         self.steps.start()
@@ -104,6 +112,7 @@ class LayupRun:
         sets_clock = host.rank == 0 and not state.is_outside
         clock = ProgressClock(store, start=host.state.global_step * members.workers if sets_clock else None)
         if not state.is_outside:
+            self.tracing.require_all(members.talk)
             self.exchange.open()
             for tensor in (*host.model.parameters(), *host.model.buffers()):
                 broadcast(tensor.data)  # all workers start from rank 0's weights, as DDP would make them
@@ -138,6 +147,7 @@ class LayupRun:
         except BaseException as error:
             reason = self._reason_of(error)
             self._tell_others(reason)
+            self.tracing.write_aside()
             if reason is not error:
                 raise reason from error
             raise
@@ -196,6 +206,7 @@ class LayupRun:
     def finalize(self, trial: Any, stock: Callable[[], Any]) -> Any:
         """As the Trainer's `_finalize_training`, with the consensus model and after the exchange has been closed."""
         self.eras.enduring(self.conclude)
+        self.tracing.write_aside()  # of a worker that exchanges nothing
         self.stop()
         self.checkpoints.keep_best_alone(trial)
         output = stock()  # waits for the push in progress
@@ -217,9 +228,11 @@ class LayupRun:
             tqdm.write(report.summary(self.exchange.ledger.done, staleness, self.exchange.masses))
         self.logs.average_loss()
         self.host.store_flos()
+        self.tracing.finish(self.members.talk)
 
     def stop(self) -> None:
         """Stop all parts, and leave the Trainer, its model and its optimizer as they were. Idempotent."""
         self.loop.stop()
         self.steps.stop()
         self.exchange.close()
+        self.tracing.stop()

@@ -20,6 +20,8 @@ from ..optim.adam import is_plain_adam
 from ..optim.clipping import BlockClipper
 from ..optim.direction import Direction
 from ..optim.onepass import OnePass, make_kernel
+from ..trace.clocks import now
+from ..trace.events import BLOCK_STEP, DEVICE, OPTIMIZER
 from .blockwise import BlockwiseModel
 from .checks import check_optimizer
 from .exchange import Exchange
@@ -27,6 +29,7 @@ from .gradients import reasons_for_all, reasons_of_users
 from .host import Host
 from .members import Members
 from .state import RunState
+from .tracing import Tracing
 from .work import WorkSharing
 
 logger = logging.getLogger(__name__)
@@ -53,9 +56,10 @@ class BlockSteps:
         work: WorkSharing,
         model: BlockwiseModel,
         exchange: Exchange,
+        tracing: Tracing,
     ) -> None:
         self._host, self._state, self._members, self._work = host, state, members, work
-        self._model, self._exchange = model, exchange
+        self._model, self._exchange, self._tracing = model, exchange, tracing
         self._hooks: BlockHooks | None = None
         self._clips_exactly = False
         self._watch: UseWatch | None = None  # of the first step
@@ -116,7 +120,7 @@ class BlockSteps:
         bias_every = host.options.bias_every
         self.bias = GradientBias(host.model, bias_every) if bias_every else None
         self._ahead = StepsAhead(queues_of(device))
-        take_block = self._taking(self.clipper if clips else None)
+        take_block = self._recorded(self._taking(self.clipper if clips else None))
         accelerator, has_compiled_code = host.accelerator, is_compiled(host.model)
         self._hooks = BlockHooks(
             blocks,
@@ -180,6 +184,20 @@ class BlockSteps:
 
         return take_block
 
+    def _recorded(self, take_block: Callable[[Block], None]) -> Callable[[Block], None]:
+        """The same, with an event in the trace, if there is one."""
+        trace, track = self._tracing.trace, self._tracing.track
+        if trace is None or track is None:
+            return take_block
+        trace.blocks = [block.name for block in self._model.blocks]
+
+        def recorded(block: Block) -> None:
+            start = now()
+            take_block(block)
+            track.add(BLOCK_STEP, start, block.index)
+
+        return recorded
+
     def _offer(self, block: Block) -> None:
         if (engine := self._engine) is not None:  # asked anew: the step may have taken long
             engine.offer(block)
@@ -193,7 +211,8 @@ class BlockSteps:
             for block in blocks:
                 held.enter_context(exchange.holding(block))
                 self._model.snapshots.before_step(block.index)
-            step()
+            with self._tracing.span(OPTIMIZER):
+                step()
             for block in blocks:
                 if (engine := self._engine) is not None:
                     engine.offer(block)
@@ -278,7 +297,8 @@ class BlockSteps:
         if hooks is None:
             return stock()
         if self._ahead is not None:
-            self._ahead.begin_step()
+            with self._tracing.span(DEVICE) if host.args.device.type == "cuda" else contextlib.nullcontext():
+                self._ahead.begin_step()
         hooks.begin_backward()
         if host.generates:
             hooks.begin_use()  # so that completions are drawn from the weights that learn from them

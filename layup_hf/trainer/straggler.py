@@ -10,9 +10,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from ..trace.clocks import now
+from ..trace.events import DELAY
 from ..windows.base import PeerWindows
 from ..windows.late import LateWindows
 from ..windows.straggler import Kind, StragglerConfig, wait
+from .tracing import Records
 
 
 class StragglerCallback(TrainerCallback):
@@ -25,12 +28,14 @@ class StragglerCallback(TrainerCallback):
 
     Args:
         stragglers: The delays, or text for `StragglerConfig.parse`.
+        records: Where delays are recorded, if anywhere.
 
     Raises:
         ValueError: The text is wrong; or, when training starts, a rank is outside of the run.
     """
 
-    def __init__(self, stragglers: str | Sequence[StragglerConfig]) -> None:
+    def __init__(self, stragglers: str | Sequence[StragglerConfig], records: Records | None = None) -> None:
+        self._records = records
         self.stragglers = StragglerConfig.parse(stragglers) if isinstance(stragglers, str) else list(stragglers)
         self._rank = 0
         self._device = torch.device("cpu")
@@ -77,4 +82,7 @@ class StragglerCallback(TrainerCallback):
                 if self._device.type != "cpu":
                     # What the device still has to do would otherwise run during the wait and hide a part of it.
                     torch.accelerator.synchronize(self._device)
+                start = now()
                 wait(seconds, straggler.busy)
+                if self._records is not None and (track := self._records.track) is not None:
+                    track.add(DELAY, start)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ..ledger import Ledger
+from ..trace.clocks import now
+from ..trace.events import ON_ITS_WAY, Trace
 from . import wire
 from .contacts import Contacts
 from .pace import Pace
@@ -41,6 +43,7 @@ class Courier:
         serving: Writes blocks to peers.
         pace: How often to look.
         postmark: Makes and reads messages.
+        trace: Where it is recorded how long blocks are on their way.
 
     Attributes:
         refused: Messages that were refused, by reason.
@@ -57,8 +60,10 @@ class Courier:
         serving: Serving,
         pace: Pace,
         postmark: Postmark,
+        trace: Trace | None = None,
     ) -> None:
-        self._transport, self._ledger, self._pace, self._postmark = transport, ledger, pace, postmark
+        self._transport, self._ledger, self._trace = transport, ledger, trace
+        self._pace, self._postmark = pace, postmark
         self._staging, self._receiving, self._serving = staging, receiving, serving
         self._peers = {peer.rank: peer for peer in peers}
         self._by_name = {peer.name: peer for peer in peers}
@@ -245,7 +250,7 @@ class Courier:
             peer.requests += 1
             slot.peer, slot.number, slot.settled = peer.rank, peer.requests, self._ledger.settled
             self._receiving.prepare(slot)
-            peer.request = slot
+            peer.request, slot.asked_at = slot, now()
             idle.remove(peer.rank)
             self._contacts.attempt(peer, self._send_request)
             slot = self._staging.take_free() if idle else None
@@ -277,6 +282,8 @@ class Courier:
         if slot is peer.aside:
             self._staging.take_back(slot)
         peer.request = peer.aside = None
+        if self._trace is not None:  # one at a time from each peer
+            self._trace.track(f"from rank {peer.rank}").add(ON_ITS_WAY, slot.asked_at, slot.block)
         self._bytes += self._receiving.num_bytes(slot) if is_written else 0
         is_current = slot.settled == self._ledger.settled and not slot.is_doubtful
         if is_current and self._receiving.accept(slot, is_written):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..device import Mark
+from ..trace.events import Trace
 from . import opening
 from .base import Gather, PeerWindows
 from .nixl import NixlWindows
@@ -71,6 +72,7 @@ def open_windows(
     job: bytes,
     wire_dtype: str = "fp32",
     may_end: bool = False,
+    trace: Trace | None = None,
 ) -> PeerWindows:
     """Open the windows that `kind` asks for. Collective: every worker returns, or every worker raises.
 
@@ -84,6 +86,7 @@ def open_windows(
         job: Names the job and the era, differently each time that windows are opened.
         wire_dtype: What blocks are sent over the network as: "fp32", "bf16", "int8" or "int4".
         may_end: Whether workers may end while others go on: see `SharedWindows.open`.
+        trace: Where it is recorded how long blocks are on their way from other hosts.
 
     Raises:
         ValueError: With `shared`, the workers are on several hosts; where the network is needed, NIXL is not installed
@@ -108,7 +111,7 @@ def open_windows(
     shared = SharedWindows.open(blocks, rank, gather, among=local, may_end=may_end)
     try:
         distant = NixlWindows.open(
-            blocks, rank, gather, shared.ledger, peers=peers, token=token, job=job, wire_dtype=wire_dtype
+            blocks, rank, gather, shared.ledger, peers=peers, token=token, job=job, wire_dtype=wire_dtype, trace=trace
         )
     except BaseException:
         shared.close()

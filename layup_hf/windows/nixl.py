@@ -16,6 +16,7 @@ from ..fleet import gate
 from ..fleet.data import travels
 from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
+from ..trace.events import Trace
 from .base import Gather
 from .courier import Courier
 from .layout import Layout
@@ -92,6 +93,7 @@ class NixlWindows:
         token: bytes,
         job: bytes,
         wire_dtype: str = "fp32",
+        trace: Trace | None = None,
     ) -> NixlWindows:
         """Introduce this worker to all others and connect to `peers`. Collective: every worker returns, or every
         worker raises.
@@ -106,6 +108,7 @@ class NixlWindows:
             job: Names the job and the era, differently each time that windows are opened.
             wire_dtype: "fp32" sends blocks as they are, "bf16" sends tensors in fp32 as bf16, "int8" and "int4" with so
                 many bits for each number, by what the receiver knows of it: see `coding.py`.
+            trace: Where it is recorded how long blocks are on their way.
 
         Raises:
             ValueError: NIXL is not installed, or the workers have different secrets or models.
@@ -142,7 +145,7 @@ class NixlWindows:
                 staging, serving = Staging(layout, transport), Serving(layout, transport)
                 pace = Pace(None if layout.device.type == "cuda" else BUDGET)
                 postmark = Postmark(token, job, rank, len(cards), len(blocks))
-                courier = Courier(transport, ledger, known, staging, Receiving(layout), serving, pace, postmark)
+                courier = Courier(transport, ledger, known, staging, Receiving(layout), serving, pace, postmark, trace)
                 return courier, staging
 
             together(admit, gather)  # first: a packet that is not let in yet is sent again after a second

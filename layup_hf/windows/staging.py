@@ -24,6 +24,7 @@ class Slot:
         peer, block: What it holds or is to hold.
         number: Of the request.
         seed, steps: How it is coded; no steps: not at all.
+        asked_at: When that was made: nanoseconds of the monotonic clock.
         settled: How often this worker had settled when it asked: what comes from before a consensus point is not used.
         used: On CUDA, when the training thread's work on it will have ended.
         is_doubtful: Whether the connection of the peer that was asked has broken since: what was under way on it may
@@ -40,6 +41,7 @@ class Slot:
         self.coded = [layout.coded_views(self.buffer[layout.size :], block) for block in blocks]
         self.seed, self.steps = 0, tuple[float, ...]()
         self.peer = self.block = self.number = self.settled = -1
+        self.asked_at = 0
         self.used: torch.cuda.Event | None = None
         self.is_doubtful = False
         self.rests_until = 0.0

@@ -15,6 +15,7 @@ from layup_hf.gossip.engine import GossipEngine
 from layup_hf.trainer.exchange import Exchange
 from layup_hf.trainer.options import Options
 from layup_hf.trainer.state import RunState
+from layup_hf.trainer.tracing import Tracing
 
 
 class At:
@@ -140,7 +141,13 @@ def test_how_many_are_read_is_found_out_on_gpus_unless_it_is_said(device, peers,
     on_device = [SimpleNamespace(tensors=[SimpleNamespace(device=torch.device(device))])]
     model = SimpleNamespace(blocks=on_device, is_free=lambda index: False, snapshots=Snapshots())
     host = SimpleNamespace(options=Options(peers_per_step=peers, merge_at=merge_at))
-    exchange = Exchange(host, RunState(), members=SimpleNamespace(may_exchange=lambda: True), model=model)
+    exchange = Exchange(
+        host,
+        RunState(),
+        members=SimpleNamespace(may_exchange=lambda: True),
+        model=model,
+        tracing=Tracing(host),
+    )
     engine = exchange.make_engine(fleet.blocks[0], fleet.windows[0], fleet.samplers[0])
     assert ("layup/peers_per_step" in engine.figures()) == is_found
     engine.close()

@@ -16,6 +16,7 @@ from layup_hf.optim.direction import Direction
 from layup_hf.trainer.exchange import Exchange
 from layup_hf.trainer.options import Options
 from layup_hf.trainer.state import RunState
+from layup_hf.trainer.tracing import Tracing
 
 ROWS, WIDTH = 4, 200
 SIGNAL = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
@@ -308,7 +309,13 @@ def test_another_workers_optimizer_is_no_reason_to_do_without_the_mean_silently(
     host = SimpleNamespace(options=options, args=args, rank=0, world_size=2)
     model = SimpleNamespace(blocks=[], optimizer=SimpleNamespace(inner=None))
     talk = SimpleNamespace(gather=lambda item: [item])
-    exchange = Exchange(host, RunState(), members=SimpleNamespace(membership=None, talk=talk), model=model)
+    exchange = Exchange(
+        host,
+        RunState(),
+        members=SimpleNamespace(membership=None, talk=talk),
+        model=model,
+        tracing=Tracing(host),
+    )
     with pytest.raises(ValueError, match=r"`second_moment='mean'` and the optimizer of another worker .*'auto'"):
         exchange._share_moments(SimpleNamespace(remote=()))
 

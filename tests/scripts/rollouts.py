@@ -132,7 +132,8 @@ def shared():
     """Two optimizer steps for each rollout of two prompts, of which rank 1 makes fewer; with a reference model."""
     options = {"steps_per_generation": 2, "beta": 0.1, "num_train_epochs": 2, "log_completions": True, **SLOW}
     evaluated = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4}
-    return train(grpo("shared", **options, **evaluated, gradient_accumulation_steps=1))
+    traced = {"trace": str(FOLDER / "trace.json")}
+    return train(grpo("shared", **options, **evaluated, **traced, gradient_accumulation_steps=1))
 
 
 def resumed():

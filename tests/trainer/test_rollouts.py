@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import traces
 from datasets import load_dataset
 from launching import run
 from relatives import WORDS, llama, prompts, tokenizer
@@ -73,6 +74,15 @@ def test_every_prompt_of_an_epoch_is_used_once_and_a_slow_worker_takes_fewer(two
     assert fast["steps"] > slow["steps"]
     assert fast["steps"] + slow["steps"] == 48
     assert fast["global_step"] == slow["global_step"] == 24
+
+
+def test_the_trace_tells_rollouts_from_steps_that_use_one_again(two):
+    trace = traces.read(two["folder"] / "trace.json")
+    for rank, result in enumerate(two["shared"]):
+        counted = traces.counts(trace, rank)
+        assert counted["rollout"] == len(result["rollouts"])
+        assert counted["inputs"] == result["steps"] - len(result["rollouts"])
+        assert counted["forward"] == counted["backward"] == counted["step"] == result["steps"]
 
 
 def test_completions_come_from_the_weights_that_learn_from_them(two):
