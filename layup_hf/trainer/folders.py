@@ -34,8 +34,7 @@ def clear(folder: Path) -> None:
         if not place.exists():  # killed before what was to replace it had its name
             replaced.rename(place)
     for checkpoint in (folder / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        with contextlib.suppress(OSError):  # first: a worker that is slow and not dead cannot give it its name any more
-            checkpoint.rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
+        _take_name(folder, checkpoint)  # first: a worker that is slow and not dead cannot give it one any more
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
@@ -63,9 +62,14 @@ def remove(folder: Path, checkpoints: Sequence[str]) -> None:
     """
     for checkpoint in checkpoints:
         (folder / UNFINISHED).mkdir(exist_ok=True)
-        with contextlib.suppress(OSError):
-            Path(checkpoint).rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
+        _take_name(folder, Path(checkpoint))
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _take_name(folder: Path, checkpoint: Path) -> None:
+    """Put it aside under another name, if that can be."""
+    with contextlib.suppress(OSError):
+        checkpoint.rename(folder / UNFINISHED / f"removed-{uuid.uuid4().hex}")
 
 
 class SharedFolder:

@@ -12,9 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..optim.optimizer import BlockOptimizer
-
-_KNOWN = ("transformers", "layup_hf", "trl", "accelerate", "peft")
-"""Packages whose callbacks and trainers are known to want no gradient of blocks."""
+from .authors import KNOWN, method_of
 
 _OF_GRADIENTS = {"grad", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "update_and_allocate"}
 """Names that code has which reads or changes gradients; the last one is AdaLoRA's."""
@@ -75,9 +73,10 @@ def reasons_of_users(
 
 def _own(kind: type, name: str) -> Any:
     """The function of this name that an object of a class has, if the user has written it."""
-    function = inspect.unwrap(getattr(kind, name, None) or (lambda: None))
-    package = getattr(function, "__module__", None) or ""
-    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or package.split(".")[0] in _KNOWN:
+    function, package = method_of(kind, name)
+    if (
+        not inspect.isfunction(function) or function.__name__ == "<lambda>" or package in KNOWN
+    ):  # which want no gradient
         return None
     return function
 

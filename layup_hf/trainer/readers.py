@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 
-_OURS = ("layup_hf", "transformers", "trl", "accelerate", "peft")
-"""Packages whose trainers save and look at nothing after that."""
+from .authors import KNOWN, method_of
 
 _UPLOADING = ("_log_model", "_log_artifacts", "_log_checkpoints", "sync_checkpoints")
 """By what the callbacks of transformers that report to somebody know whether they upload checkpoints."""
@@ -22,20 +20,16 @@ def who_reads(trainer: type, callbacks: Iterable[TrainerCallback]) -> str | None
         trainer: Its class.
         callbacks: Of the trainer.
     """
-    if _package(trainer, "_save_checkpoint") not in _OURS:
+    if method_of(trainer, "_save_checkpoint")[1] not in KNOWN:  # whose trainers save, and look at nothing after that
         return f"{trainer.__name__} has its own `_save_checkpoint`"
     for callback in callbacks:
-        package, kind = _package(type(callback), "on_save"), type(callback)
+        kind = type(callback)
+        _, package = method_of(kind, "on_save")
         if kind.on_save is TrainerCallback.on_save or package == "layup_hf":
             continue
         if package != "transformers" or any(_is_on(getattr(callback, name, None)) for name in _UPLOADING):
             return f"callback {kind.__name__} has an `on_save`"
     return None
-
-
-def _package(kind: type, name: str) -> str:
-    function = inspect.unwrap(getattr(kind, name))
-    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 def _is_on(value: Any) -> bool:

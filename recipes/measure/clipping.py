@@ -28,7 +28,7 @@ from recipes.parts.model import make_config, make_model
 from recipes.parts.tokens import collate
 from recipes.parts.training import leave_together
 
-from .common.command import command_line
+from .common.command import add_worker_arguments, command_line
 from .common.launching import measure
 from .common.text import load_blocks
 
@@ -228,8 +228,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--max_norms", type=float, nargs="+", default=[1.0, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
-    parser.add_argument("--folder", type=Path, default=Path("bench-output"))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     options = parser.parse_args()
     if options.worker:
         work(options)

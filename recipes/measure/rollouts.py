@@ -37,7 +37,7 @@ from trl import GRPOConfig, GRPOTrainer
 from layup_hf import LayupMixin, LayupOptions
 from recipes.parts.training import leave_together
 
-from .common.command import command_line
+from .common.command import add_worker_arguments, command_line, passed_on
 from .common.launching import measure
 
 WORDS = [f"word{number}" for number in range(22)]
@@ -213,8 +213,7 @@ def main() -> None:
     parser.add_argument("--rollout_seconds", type=float, default=2.0, help="of a rollout on average")
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--folder", type=Path, default=Path("bench-output"))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     options = parser.parse_args()
     if options.worker:
         work(options)
@@ -222,8 +221,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     print(f"{options.processes} workers, {os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}")
     arguments = ["--worker", "--seeds", *map(str, options.seeds)]
-    for name in ("steps", "iterations", "slower", "rollout_seconds", "learning_rate", "folder"):
-        arguments.append(f"--{name}={getattr(options, name)}")
+    arguments += passed_on(options, "steps", "iterations", "slower", "rollout_seconds", "learning_rate", "folder")
     kept = figures(measure("recipes.measure.rollouts", options.processes, arguments, options.folder), options)
     ending = ("-slower" if options.slower > 1 else "") + ("-iterations" if options.iterations > 1 else "")
     (options.folder / f"rollouts-{options.processes}{ending}.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -31,7 +31,7 @@ from recipes.parts.model import make_config, make_model
 from recipes.parts.tokens import collate
 from recipes.parts.training import leave_together
 
-from .common.command import command_line
+from .common.command import add_worker_arguments, command_line, passed_on
 from .common.figures import NAMES
 from .common.launching import measure
 from .common.losses import Curve
@@ -246,8 +246,7 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
-    parser.add_argument("--folder", type=Path, default=Path("bench-output"))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     options = parser.parse_args()
     if options.worker:
         work(options)
@@ -259,8 +258,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(f"{options.what}, {options.processes} workers, {device}, torch {torch.__version__}, {platform.machine()}")
     arguments = [options.what, "--worker", f"--folder={options.folder}", "--seeds", *map(str, options.seeds)]
-    for name in ("steps", "batch_size", "block_size", "learning_rate", "config_overrides"):
-        arguments.append(f"--{name}={getattr(options, name)}")
+    arguments += passed_on(options, "steps", "batch_size", "block_size", "learning_rate", "config_overrides")
     results = measure("recipes.measure.stragglers", options.processes, arguments, options.folder)
     (options.folder / f"stragglers-{options.what}-{options.processes}.json").write_text(json.dumps(results) + "\n")
     show(options.folder)

@@ -50,7 +50,7 @@ from recipes.parts.model import make_config, make_model
 from recipes.parts.tokens import collate
 from recipes.parts.training import leave_together
 
-from .common.command import command_line
+from .common.command import add_worker_arguments, command_line, passed_on
 from .common.launching import measure
 from .common.meters import Stopwatch
 from .common.text import load_blocks
@@ -359,8 +359,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
-    parser.add_argument("--folder", type=Path, default=Path("bench-output"))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     options = parser.parse_args()
     if options.worker:
         work(options)
@@ -371,8 +370,9 @@ def main() -> None:
         return
     print(f"{options.processes} workers, {os.cpu_count()} CPU cores, torch {torch.__version__}, {platform.machine()}")
     arguments = [options.what, "--worker"]
-    for name in ("steps", "rounds", "delay", "batch_size", "block_size", "config_overrides", "folder"):
-        arguments.append(f"--{name}={getattr(options, name)}")
+    arguments += passed_on(
+        options, "steps", "rounds", "delay", "batch_size", "block_size", "config_overrides", "folder"
+    )
     results = measure("recipes.measure.trace", options.processes, arguments, options.folder)
     if options.what == "both":
         tables(options.folder, options.processes)

@@ -2,13 +2,9 @@
 
 import argparse
 import statistics
-import sys
-import tempfile
-from pathlib import Path
 
-from ..common.lab import Lab
 from .files import Results, write
-from .run import HostsRun, worker_arguments
+from .run import measured, worker_arguments
 
 
 def formats(options: argparse.Namespace) -> None:
@@ -16,11 +12,7 @@ def formats(options: argparse.Namespace) -> None:
     arguments = ["--rates", *options.rates, f"--scale={options.scale}", f"--steps={options.steps}"]
     arguments += ["--learning_rates", str(options.learning_rates[0]), "--seeds", *map(str, options.seeds)]
     arguments += ["--wire_dtypes", *options.wire_dtypes, *worker_arguments(options, ["layup"])]
-    with Lab(options.hosts) as lab, tempfile.TemporaryDirectory() as folder:
-        run = HostsRun(lab, Path(folder), "formats", arguments)
-        results = [
-            entry for worker in run.finish(3 * 3600, lambda line: print(line, file=sys.stderr)) for entry in worker
-        ]
+    results = measured("formats", options.hosts, arguments, 3 * 3600)
     write(options.folder, f"hosts-formats-{options.hosts}", results)
     show_formats(results)
 

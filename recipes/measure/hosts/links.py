@@ -2,14 +2,11 @@
 
 import argparse
 import statistics
-import sys
-import tempfile
-from pathlib import Path
 
 from ..common.figures import NAMES, by_round, median_ratio
-from ..common.lab import Lab, bits_per_second
+from ..common.lab import bits_per_second
 from .files import Results, write
-from .run import HostsRun, worker_arguments
+from .run import measured, worker_arguments
 from .scale import GPT2_BYTES_PER_SECOND
 
 
@@ -17,9 +14,7 @@ def links(options: argparse.Namespace) -> None:
     """All methods in turn at every rate, within one run of the same processes."""
     arguments = ["--rates", *options.rates, f"--rounds={options.rounds}", f"--seconds={options.seconds}"]
     arguments += [f"--scale={options.scale}", *worker_arguments(options, options.methods)]
-    with Lab(options.hosts) as lab, tempfile.TemporaryDirectory() as folder:
-        run = HostsRun(lab, Path(folder), "links", arguments)
-        results = [entry for worker in run.finish(3600, lambda line: print(line, file=sys.stderr)) for entry in worker]
+    results = measured("links", options.hosts, arguments, 3600)
     scaled = "-scaled" if options.scale != "1" else ""
     write(options.folder, f"hosts-links-{options.hosts}{scaled}", results)
     show_links(results)

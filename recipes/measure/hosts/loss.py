@@ -7,16 +7,13 @@ are not counted in the seconds; what LayUp needs to agree on a model before each
 
 import argparse
 import statistics
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..common.figures import NAMES
-from ..common.lab import Lab
 from ..common.losses import Curve
 from .files import Results, write
-from .run import HostsRun, worker_arguments
+from .run import measured, worker_arguments
 
 
 def loss(options: argparse.Namespace) -> None:
@@ -24,11 +21,7 @@ def loss(options: argparse.Namespace) -> None:
     arguments = ["--rates", *options.rates, f"--scale={options.scale}", f"--steps={options.steps}"]
     arguments += [f"--seconds={options.seconds}", "--learning_rates", *map(str, options.learning_rates)]
     arguments += ["--seeds", *map(str, options.seeds), *worker_arguments(options, options.methods)]
-    with Lab(options.hosts) as lab, tempfile.TemporaryDirectory() as folder:
-        run = HostsRun(lab, Path(folder), "loss", arguments)
-        results = [
-            entry for worker in run.finish(3 * 3600, lambda line: print(line, file=sys.stderr)) for entry in worker
-        ]
+    results = measured("loss", options.hosts, arguments, 3 * 3600)
     write(options.folder, f"hosts-loss-{options.hosts}", results)
     show_loss(results)
     draw(results, options.folder / f"hosts-loss-{options.hosts}.png")

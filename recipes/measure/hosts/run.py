@@ -7,11 +7,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.command import passed_on
 from ..common.lab import Host, Lab
 from .files import read_lines
 from .forker import WORKER_NAME, ForkedLauncher, Forker
@@ -22,7 +25,22 @@ WORKER = "recipes.measure.hosts.worker"
 def worker_arguments(options: argparse.Namespace, methods: list[str]) -> list[str]:
     """What every kind of run says to its workers."""
     names = ("batch_size", "block_size", "config_overrides")
-    return ["--methods", *methods, *(f"--{name}={getattr(options, name)}" for name in names), *options.rest]
+    return ["--methods", *methods, *passed_on(options, *names), *options.rest]
+
+
+def measured(what: str, hosts: int, arguments: Sequence[str], seconds: float) -> list[Any]:
+    """What all workers of one run in a lab of its own have measured; what rank 0 says meanwhile is shown.
+
+    Args:
+        what: Of `worker.py`.
+        hosts: How many.
+        arguments: For the workers.
+        seconds: At most.
+    """
+    with Lab(hosts) as lab, tempfile.TemporaryDirectory() as folder:
+        run = HostsRun(lab, Path(folder), what, arguments)
+        workers = run.finish(seconds, lambda line: print(line, file=sys.stderr))
+    return [entry for worker in workers for entry in worker]
 
 
 class HostsRun:
