@@ -8,14 +8,13 @@ listens and where some memory is that it has told nobody of; prints what is in t
 
 import json
 import os
-import socket
-import struct
 import sys
 import time
 
 import torch
 
 from layup_hf.windows.transport import Transport
+from recipes.measure.hosts.outsider import write_to
 
 CPU = torch.device("cpu")
 SIZE = 64
@@ -52,19 +51,9 @@ def listen(admits):
 
 
 def write(to, port, place):
-    """Takes this agent's own address, and puts the other's in the place of its own."""
     transport = begin("stranger")
-    mine = torch.full((SIZE,), 7, dtype=torch.uint8)
-    transport.register([mine])
-    address = transport.address().replace(b"stranger", b"somebody")
-    address = address.replace(struct.pack("!H", transport.ports[0]), struct.pack("!H", port))
-    address = address.replace(socket.inet_aton(os.environ["LAB_ADDRESS"]), socket.inet_aton(to))
     say(begins=True)
-    name = transport.connect(address)
-    key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", place))
-    transport.accept_key(key.replace(b"stranger", b"somebody"), name)
-    handle = transport.write(name, [(mine.data_ptr(), SIZE)], [(place, SIZE)], 0)
-    say(written=until(lambda: transport.is_written(handle), transport, 20))
+    say(written=until(write_to(transport, to, port, place), transport, 20))
 
 
 def send(address, name, messages, times):

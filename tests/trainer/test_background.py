@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed_at, killed_runs
 from launching import Run, run_cases
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -177,52 +175,31 @@ def test_training_goes_on_meanwhile_and_only_what_changes_is_copied(tmp_path, mo
 
 
 def train_until_killed(folder, moment):
-    """Train, and be killed at the n-th time that something in `folder` is to be made, written, renamed or removed."""
-    seen = 0
-
-    def count():
-        nonlocal seen
-        seen += 1
-        if seen == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(event, parameters):
-        writes = event == "open" and isinstance(parameters[1], str) and set(parameters[1]) & set("wxa+")
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-        if (writes or changes) and str(folder) in str(parameters[0]):
-            count()
+    count = killed_at(folder, moment)
 
     def write(file, piece):
         count()
         WRITE(file, piece)
 
     hollow._write = write
-    sys.addaudithook(watch)
     train(folder, save_steps=1, max_steps=3)
     os._exit(0)
 
 
 def test_killed_at_any_moment_a_run_leaves_complete_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "_LEAST", 4000)
-    context, killed, moment, resumed = multiprocessing.get_context("fork"), 0, 1, 0
-    while True:
-        folder = tmp_path / str(moment)
-        process = context.Process(target=train_until_killed, args=(folder, moment))
-        process.start()
-        process.join(60)
+    killed = resumed = 0
+    for folder, has_ended in killed_runs(tmp_path, train_until_killed, every=23):
         for checkpoint in checkpoints(folder):
             assert_complete(checkpoint)
-        if process.exitcode == 0:
+        if has_ended:
             break
-        assert process.exitcode == -signal.SIGKILL
         killed += 1
         if killed % 5 == 0 and checkpoints(folder):
             resumed += 1
             trainer = train(folder, gpt2(seed=1), resume=True, save_steps=1, max_steps=4)
             assert trainer.state.global_step == 4
             assert not (folder / UNFINISHED).exists()
-        shutil.rmtree(folder, ignore_errors=True)
-        moment += 23
     assert killed > 10
     assert resumed > 0
 

@@ -1,18 +1,16 @@
 """Checkpoints: complete whatever ends the run, and resumed by as many workers as there are."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed_at, killed_runs
 from safetensors.torch import load_file
 from stock import BOTH, arguments, gpt2, same, text
 from test_loop import all_samples, counts, seen_until, start, work
@@ -46,39 +44,20 @@ def assert_complete(checkpoint, workers=1):
 # ---- One process ----
 
 
-def train_until_killed(folder, moment, resume):
-    """Train, and be killed at the n-th time that something in `folder` is to be made, written, renamed or removed."""
-    seen = 0
-
-    def watch(event, parameters):
-        nonlocal seen
-        writes = event == "open" and isinstance(parameters[1], str) and parameters[1][0] in "wxa"
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-        if (writes or changes) and str(folder) in str(parameters[0]):
-            seen += 1
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    trainer = LayupTrainer(model=gpt2(), args=arguments(folder, **SAVING), train_dataset=text())
-    trainer.train(resume_from_checkpoint=resume)
+def train_until_killed(folder, moment):
+    killed_at(folder, moment)
+    LayupTrainer(model=gpt2(), args=arguments(folder, **SAVING), train_dataset=text()).train()
     os._exit(0)
 
 
 def test_killed_at_any_moment_a_run_leaves_complete_checkpoints(tmp_path):
     """Every operation on files of the last two of three checkpoints, of which the first one is then rotated away."""
-    context, killed, resumed = multiprocessing.get_context("fork"), 0, set()
-    moment = 1
-    while True:
-        folder = tmp_path / str(moment)
-        process = context.Process(target=train_until_killed, args=(folder, moment, None))
-        process.start()
-        process.join(60)
+    killed, resumed = 0, set()
+    for folder, has_ended in killed_runs(tmp_path, train_until_killed, every=3):
         for checkpoint in checkpoints(folder):
             assert_complete(checkpoint)
-        if process.exitcode == 0:
+        if has_ended:
             break
-        assert process.exitcode == -signal.SIGKILL
         killed += 1
         if checkpoints(folder)[-1:] not in ([], [folder / "checkpoint-5"]):
             resumed.add(len(checkpoints(folder)))
@@ -87,8 +66,6 @@ def test_killed_at_any_moment_a_run_leaves_complete_checkpoints(tmp_path):
             assert trainer.train(resume_from_checkpoint=True).global_step == 5
             assert not (folder / UNFINISHED).exists()
             assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
-        shutil.rmtree(folder, ignore_errors=True)
-        moment += 3
     assert killed > 20
     assert resumed >= {1, 2}
 

