@@ -79,7 +79,7 @@ class JobStore(Store):
             except BaseException as error:
                 self._socket.close()
                 # Where others flood the store with connections, it may have closed this one for the next.
-                if attempt == _ATTEMPTS or not isinstance(error, ConnectionResetError | DistNetworkError):
+                if attempt == _ATTEMPTS or not isinstance(error, ConnectionResetError):
                     raise
         self._socket.settimeout(_ANSWER)
         session = channel.Session.of(self.token, nonces)
@@ -177,7 +177,7 @@ class JobStore(Store):
         while len(data) < least:
             part = self._socket.recv(max(_READ_BYTES, least - len(data)))
             if not part:
-                raise DistNetworkError("The store of the job has closed the connection.")
+                raise ConnectionResetError("It has closed the connection.")
             data += part
         return data
 

@@ -45,6 +45,7 @@ class Keeper:
     def close(self):
         with suppress(psutil.NoSuchProcess):
             self.process.kill()
+            self.process.wait(60)
 
 
 @pytest.fixture

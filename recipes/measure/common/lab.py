@@ -36,7 +36,8 @@ COUNTERS = Path("/sys/class/net", INTERFACE, "statistics")  # of the present hos
 UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 QUEUE_SECONDS = 0.1  # what waits longer for the link is dropped, as by a switch with a small buffer
 
-# Waits until the lab's process has closed the pipe, or has died; then ends what runs in the namespaces, and them.
+# Waits until nobody has the pipe open: the lab's process has closed it, or has died, and what it was starting is in its
+# host. Then ends what runs in the namespaces, and them.
 WARDEN = """
 cat >/dev/null
 for name in "$@"; do
@@ -51,6 +52,9 @@ for name in "$@"; do
 done
 """
 
+# Names the host, and lets go of the warden's pipe: from here on the process is seen in its namespace.
+ENTER = 'echo "$0" >/proc/sys/kernel/hostname; pipe=$1; shift; exec {pipe}>&-; exec "$@"'
+
 
 class LabError(RuntimeError):
     """The machine cannot have a lab, or a command of the lab failed."""
@@ -60,9 +64,8 @@ def missing() -> str | None:
     """Why there can be no lab here, and what to do; None if there can."""
     if os.geteuid() != 0:
         return "A lab needs root, for network namespaces: run this as root (in a container: --cap-add ALL)."
-    for command in ("ip", "tc", "unshare", "setpriv"):
+    for command, package in {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "bash": "bash"}.items():
         if shutil.which(command) is None:
-            package = "iproute2" if command in ("ip", "tc") else "util-linux"
             return f"A lab needs the command `{command}`: apt-get install {package}"
     probe = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
     return f"This machine allows no network namespaces: {probe.stderr.strip()}" if probe.returncode else None
@@ -136,9 +139,10 @@ class Host:
             "LAB_ADDRESS": self.address,
             **(env or {}),
         }
-        named = ["unshare", "--uts", "sh", "-c", f'echo {self.name} >/proc/sys/kernel/hostname; exec "$@"', "sh"]
-        full = ["ip", "netns", "exec", self.name, *named, *command]
-        return subprocess.Popen(full, env=environment, start_new_session=True, **options)
+        pipe = self.lab._warden.stdin.fileno()
+        entering = ["unshare", "--uts", "bash", "-c", ENTER, self.name, str(pipe)]
+        full = ["ip", "netns", "exec", self.name, *entering, *command]
+        return subprocess.Popen(full, env=environment, start_new_session=True, pass_fds=[pipe], **options)
 
     def pids(self) -> list[int]:
         """Every process in this host."""

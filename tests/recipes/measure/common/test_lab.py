@@ -1,6 +1,7 @@
 """The lab's links have the rate that they say, break, mend and lose packets; and nothing is left of a lab."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,15 +115,23 @@ def test_packets_are_lost_at_the_given_rate_until_that_ends():
 
 @needs_lab
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_when_the_maker_of_a_lab_is_killed(end):
-    script = """
+@pytest.mark.parametrize("until_there", [0.0, 0.5], ids=["being started", "started"])
+def test_nothing_is_left_when_the_maker_of_a_lab_is_killed(end, until_there, tmp_path):
+    """A process that is being started has found its host and is slow to enter it."""
+    slow = tmp_path / "ip"
+    enters = 'exec 9<"/run/netns/$3"; sleep 0.2; shift 3; exec nsenter --net=/proc/self/fd/9 "$@"'
+    slow.write_text(f'#!/bin/sh\nif [ "$2" = exec ]; then {enters}; fi\nexec {shutil.which("ip")} "$@"\n')
+    slow.chmod(0o700)
+    script = f"""
+import time
 from recipes.measure.common.lab import Lab
 with Lab(hosts=1) as lab:
     sleeping = lab.hosts[0].popen(["sleep", "1000"])
+    time.sleep({until_there})
     print(lab.name, sleeping.pid, flush=True)
     sleeping.wait()
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     maker = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     name, sleeping = maker.stdout.readline().split()
     assert name in namespaces()
