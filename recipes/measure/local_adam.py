@@ -17,13 +17,14 @@ Prints held-out losses at equal samples and writes `local-adam.json` into `--fol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ class Task:
     def load(cls, options: argparse.Namespace, seed: int) -> Task:
         torch.set_num_threads(1)
         datasets.disable_progress_bars()
-        corpus, cache = load_corpus(), cache_folder()
+        corpus, cache = load_corpus(train_file=options.train_file), cache_folder()
         tokenizer = cached_tokenizer(corpus.train, corpus.column, options.vocab_size, cache)
         blocks = functools.partial(make_blocks, column=corpus.column, tokenizer=tokenizer, cache=cache)
         count = options.steps * options.workers * options.batch_size
@@ -194,8 +195,12 @@ def run_all(
     done = [tuple(result[name] for name in names) for result in results]
     missing = [values for values in wanted if values not in done]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.map(functools.partial(run, options), *zip(*missing, strict=True)) if missing else []
+    with contextlib.ExitStack() as stack:
+        run_all_of: Callable[..., Iterable[dict[str, Any]]] = map
+        if options.at_once > 1:
+            pool = ProcessPoolExecutor(options.at_once, multiprocessing.get_context("spawn"))
+            run_all_of = stack.enter_context(pool).map
+        runs = run_all_of(functools.partial(run, options), *zip(*missing, strict=True)) if missing else []
         for result in tqdm(runs, total=len(missing), unit="run"):
             results.append(result)
             write_results(file, results)
@@ -222,7 +227,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--config_overrides", default="", help="of the model, as in the recipe")
     parser.add_argument("--warmup", type=float, default=0.4, help="share of the steps")
-    parser.add_argument("--at_once", type=int, default=2, help="runs, each on one core")
+    parser.add_argument("--train_file", help="text to train on; the sources of Python's standard library by default")
+    parser.add_argument("--at_once", type=int, default=2, help="runs, each on one core; 1: in this process")
     parser.add_argument("--folder", type=Path, default=Path("bench-output"))
 
 

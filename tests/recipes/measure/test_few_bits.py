@@ -52,10 +52,18 @@ def test_a_link_that_carries_nothing_merges_nothing():
     assert workers[1].figures == {"bytes": 0.0, "models": 0.0}
 
 
-def test_the_command_compares_all_formats(tmp_path):
+def test_the_command_compares_all_formats(tmp_path, text_file):
     task = ["--workers=2", "--steps=4", "--batch_size=2", "--block_size=16", "--vocab_size=300", "--seeds=1"]
     task += ["--learning_rates=1e-2", "--config_overrides=n_layer=2,n_embd=16,n_head=2", "--at_once=1"]
-    command = [sys.executable, "-m", "recipes.measure.few_bits", *task, "--fractions=0.5", f"--folder={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.measure.few_bits",
+        *task,
+        "--fractions=0.5",
+        f"--folder={tmp_path}",
+        f"--train_file={text_file}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -81,12 +81,14 @@ def test_muon_steps_the_matrices_of_layers_as_the_real_one():
 
 
 @pytest.fixture
-def measure(monkeypatch, tmp_path, capsys):
+def measure(monkeypatch, tmp_path, capsys, text_file, hub_cache):
     """Runs one of the two by its command line; what it has printed, and its results."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *options):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *TASK, f"--folder={tmp_path}", *options])
+        monkeypatch.setattr(
+            sys, "argv", [f"{name}.py", *TASK, f"--train_file={text_file}", f"--folder={tmp_path}", *options]
+        )
         {"late_gradients": late_gradients, "local_adam": local_adam}[name].main()
         return capsys.readouterr().out, json.loads((tmp_path / f"{name.replace('_', '-')}.json").read_text())
 
