@@ -275,6 +275,12 @@ class TrainerHost:
             learning_rate=learning_rate,
         )
 
+    def evaluate(self, ignored: Any) -> dict[str, float]:
+        return self._trainer._evaluate(None, ignored, skip_scheduler=True)
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        return self._trainer._determine_best_metric(metrics=metrics, trial=None)
+
     def load_rng_state(self, checkpoint: str) -> None:
         self._trainer._load_rng_state(checkpoint)
 

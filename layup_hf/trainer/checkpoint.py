@@ -75,6 +75,7 @@ class Checkpoints:
         self._push: Callable[[str], None] | None = None  # what is to be done when it is complete
         self._present: BackgroundCheckpoint | None = None  # is being written in the background
         self._known_reader: str | None = None
+        self._folder = ""  # where the latest one is
         self.latest: Written | None = None
 
     # ---- Writing ----
@@ -96,6 +97,7 @@ class Checkpoints:
         """
         begin = time.perf_counter()
         self.finish()
+        self._folder = output_dir
         name = f"{PREFIX_CHECKPOINT_DIR}-{self._host.state.global_step}"
         if self._is_for_background():
             self._present = self._begin(output_dir, name, stock)
@@ -168,6 +170,18 @@ class Checkpoints:
         best = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         is_there = step == state.global_step or os.path.exists(best)
         return best if is_there else state.best_model_checkpoint
+
+    def note_late_best(self) -> None:
+        """The checkpoint of this step is the best, as its metrics say, which have come after it."""
+        state, present = self._host.state, self._present
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        best = os.path.join(self._folder, name)
+        if state.best_global_step != state.global_step:
+            return
+        if present is not None and present.name == name:
+            present.best = best  # it is when it is complete
+        elif os.path.exists(best):
+            state.best_model_checkpoint = best
 
     def save_optimizer(self, output_dir: str) -> None:
         """Beside what rank 0 writes, the optimizer's state of every other worker."""

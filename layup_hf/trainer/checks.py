@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments
+from transformers.optimization import GreedyLR
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..fleet.started import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
 from .muon import is_muon, muon_options
-from .options import Options, require_types
+from .options import CHOICES, Options, require_types
 from .streams import is_split_by_node
 
 _UNSTEPPABLE = {
@@ -43,6 +46,7 @@ def check_options(args: Any) -> None:
     """
     if isinstance(args, Options):
         require_types(args)
+    _check_choices(args)
     peers = getattr(args, "peers_per_step", None)
     if peers is not None and peers < 1:
         raise ValueError(
@@ -52,21 +56,15 @@ def check_options(args: Any) -> None:
     if getattr(args, "straggler", None):
         StragglerConfig.parse(args.straggler)
     windows = getattr(args, "windows", "auto")
-    if windows not in ("auto", "shared", "nixl"):
-        raise ValueError(f"windows={windows!r} is unknown: use 'auto', 'shared' or 'nixl'.")
     if windows == "nixl" and importlib.util.find_spec("nixl") is None:
         raise ValueError("windows='nixl' needs the package nixl: pip install 'layup_hf[nixl]'.")
     checkpoints = getattr(args, "checkpoints", "wait")
-    if checkpoints not in ("wait", "background"):
-        raise ValueError(f"checkpoints={checkpoints!r} is unknown: use 'wait' or 'background'.")
     if checkpoints == "background" and args.save_on_each_node:
         raise ValueError(
             "checkpoints='background' and `save_on_each_node` exclude each other: one worker completes a checkpoint. "
             "Leave one of them out."
         )
     wire_dtype = getattr(args, "wire_dtype", "fp32")
-    if wire_dtype not in ("fp32", "bf16", "int8", "int4"):
-        raise ValueError(f"wire_dtype={wire_dtype!r} is unknown: use 'fp32', 'bf16', 'int8' or 'int4'.")
     if wire_dtype != "fp32" and windows == "shared":
         raise ValueError(
             f"`wire_dtype={wire_dtype!r}` and `windows='shared'` exclude each other: shared memory is read in place. "
@@ -77,28 +75,16 @@ def check_options(args: Any) -> None:
             f"offer_every={args.offer_every}: it counts own steps from one offer of a block to the next. Use 1 or more."
         )
     second_moment = getattr(args, "second_moment", "auto")
-    if second_moment not in ("auto", "mean", "own"):
-        raise ValueError(f"second_moment={second_moment!r} is unknown: use 'auto', 'mean' or 'own'.")
     if second_moment == "mean" and windows == "nixl":
         raise ValueError(
             "`second_moment='mean'` and `windows='nixl'` exclude each other: moments of peers are read in shared "
             "memory. Leave one of the two at 'auto'."
         )
-    nesterov = getattr(args, "nesterov", "auto")
-    if nesterov not in ("auto", "on", "off"):
-        raise ValueError(f"nesterov={nesterov!r} is unknown: use 'auto', 'on' or 'off'.")
-    if getattr(args, "merge_at", "boundary") not in ("boundary", "backward", "arrival"):
-        raise ValueError(f"merge_at={args.merge_at!r} is unknown: use 'boundary', 'backward' or 'arrival'.")
     _check_bias_options(args)
     lease = getattr(args, "lease_seconds", None)
     if lease is not None and not 1 <= lease < math.inf:
         raise ValueError(
             f"lease_seconds={lease}: workers renew their lease several times within it. Use at least 1 second."
-        )
-    clip = getattr(args, "clip", "auto")
-    if clip not in ("auto", "estimate", "exact"):
-        raise ValueError(
-            f"clip={clip!r} is unknown: use 'auto', 'estimate' or 'exact'. To switch clipping off, set max_grad_norm=0."
         )
 
     for option, what in _REFUSED.items():
@@ -124,6 +110,16 @@ def check_options(args: Any) -> None:
                 f"`optim={name!r}` and LayUp exclude each other: it cannot be stepped block by block, as {why}. Choose "
                 "another one, such as 'adamw_torch'."
             )
+
+
+def _check_choices(args: Any) -> None:
+    """Refuse a value that is none of an option's."""
+    for name, choices in CHOICES.items():
+        value = getattr(args, name, choices[0])
+        if value not in choices:
+            *others, last = map(repr, choices)
+            more = " To switch clipping off, set max_grad_norm=0." if name == "clip" else ""
+            raise ValueError(f"{name}={value!r} is unknown: use {', '.join(others)} or {last}.{more}")
 
 
 def _check_trace(file: str | None) -> None:
@@ -245,6 +241,7 @@ def _check_several_workers(trainer: Any) -> None:
     """
     args = trainer.args
     check_sharing(args)
+    check_evaluations(args, trainer.lr_scheduler)
     if launches() > 1 and not isinstance(args, Options):
         raise ValueError(
             f"A plain {type(args).__name__} and workers that are started by several launches exclude each other: the "
@@ -266,6 +263,34 @@ def _check_several_workers(trainer: Any) -> None:
                 f"{type(gathering).__name__}(gather_across_devices=True) and LayUp with several workers exclude each "
                 "other: all would wait for each other in every step. Leave `gather_across_devices` at False."
             )
+
+
+def check_evaluations(args: Any, scheduler: Any = None) -> None:
+    """Refuse what needs the metrics of a step before the next one, where they come later.
+
+    Args:
+        args: The Trainer's.
+        scheduler: The user's own of the learning rate, if there is one.
+
+    Raises:
+        ValueError: Naming the options and the remedy.
+    """
+    if getattr(args, "evaluations", "wait") != "background":
+        return
+    needing = {}
+    if isinstance(scheduler, ReduceLROnPlateau | GreedyLR):
+        needing[type(scheduler).__name__] = "it sets the learning rate of all workers by the metrics"
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        needing[f"lr_scheduler_type='{args.lr_scheduler_type.value}'"] = (
+            "it sets the learning rate of all workers by the metrics"
+        )
+    if args.save_strategy == SaveStrategy.BEST:
+        needing["save_strategy='best'"] = "it saves the model that has just been evaluated"
+    for what, why in needing.items():
+        raise ValueError(
+            f"`evaluations='background'` and `{what}` exclude each other with several workers: {why}, and they train "
+            "on before the metrics are there. Use another one, or `evaluations='wait'`."
+        )
 
 
 def check_model(model: nn.Module, args: TrainingArguments) -> None:

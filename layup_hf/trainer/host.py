@@ -140,6 +140,12 @@ class Host(Protocol):
     def log_evaluate_save(self, call: Any, grad_norm: Any, learning_rate: float | None) -> None:
         """Do what `control` asks for. Args: `call` is what the Trainer gave `_run_epoch`."""
 
+    def evaluate(self, ignored: Any) -> dict[str, float]:
+        """As during training, through whatever a subclass overrides. Args: `ignored` outputs of the model, or None."""
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether these are the best so far, by `metric_for_best_model`; noted in `state`."""
+
     def load_rng_state(self, checkpoint: str) -> None:
         """Restore this worker's random states."""
 

@@ -10,6 +10,7 @@ from ..trace.events import MEETING
 from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
+from .evaluations import Best, Evaluations
 from .exchange import Exchange
 from .following import ClockFollower
 from .host import Host
@@ -34,6 +35,7 @@ class _Arrival(NamedTuple):
     steps_done: int
     lacks_memory: bool = False
     sees_applicants: bool = False
+    best: Best | None = None
 
 
 class Meetings:
@@ -54,11 +56,12 @@ class Meetings:
         agreement: Agreement,
         eras: Eras,
         follower: ClockFollower,
+        evaluations: Evaluations,
         tracing: Tracing,
     ) -> None:
         self._host, self._state, self._collectives, self._members = host, state, collectives, members
         self._exchange, self._agreement, self._eras, self._follower = exchange, agreement, eras, follower
-        self._tracing = tracing
+        self._evaluations, self._tracing = evaluations, tracing
         self._agreed = Wishes()  # at the meeting that is being held
         self.act: Callable[[], None] = _nothing
 
@@ -95,8 +98,7 @@ class Meetings:
         while True:
             came_with, self._agreed = self._wishes, Wishes()
             try:
-                if self._hold(mine, until_stopped):
-                    return
+                may_go = self._hold(mine, until_stopped)
             except RuntimeError as error:
                 wanted, state.is_acting = [came_with, self._agreed, self._wishes], False
                 before = self._member
@@ -104,6 +106,12 @@ class Meetings:
                     raise
                 if self._member == before:
                     self._want(Wishes.any_of(wanted))  # what had been agreed upon may not have been done
+                continue
+            has_evaluated = self._evaluations.make_up()
+            if has_evaluated and any(self._wishes):  # early stopping, say, which all are to do
+                state.present_clock.call_meeting()
+            elif may_go:
+                return
 
     @property
     def _member(self) -> str:
@@ -114,7 +122,9 @@ class Meetings:
         """Gather once, agree and act; whether this worker may go. Collective."""
         host, state, membership = self._host, self._state, self._members.membership
         sees_applicants = membership is not None and bool(membership.applicants) and membership.leads
-        arrivals = self._collectives.gather(mine._replace(step=host.state.global_step, sees_applicants=sees_applicants))
+        mine = mine._replace(step=host.state.global_step, sees_applicants=sees_applicants, best=self._evaluations.best)
+        arrivals = self._collectives.gather(mine)
+        self._evaluations.take_over(arrivals[0].best)
         if any(arrival.sees_applicants for arrival in arrivals):
             self._eras.regroup()
             return False

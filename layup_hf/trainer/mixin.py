@@ -225,6 +225,7 @@ class LayupMixin(_Base):
         start_time = kwargs.get("start_time", args[4] if len(args) > 4 else None)
         self._layup.logs.log_if_due(tr_loss, grad_norm, start_time, kwargs.get("learning_rate"))
         self._layup.points.reach_if_wanted()
+        self._layup.evaluations.put_off(kwargs.get("ignore_keys_for_eval", args[3] if len(args) > 3 else None))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def store_flos(self) -> None:

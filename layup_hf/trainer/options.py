@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -106,6 +106,13 @@ class Options:
             "train on, from a snapshot in the host's memory. In both cases it has its name when it is complete."
         },
     )
+    evaluations: Literal["wait", "background"] = field(
+        default="wait",
+        metadata={
+            "help": "How the model is evaluated during training: `wait`: by all workers, which stand still; "
+            "`background`: by rank 0 alone while the others train on. In both cases all of it is done by one model."
+        },
+    )
     trace: str | None = field(
         default=None,
         metadata={
@@ -121,6 +128,11 @@ class Options:
 
 _KINDS = {option.name: str(option.type) for option in fields(Options)}
 """The annotation of each option, as written here: `HfArgumentParser` puts types in their place."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind) for name, kind in get_type_hints(Options).items() if get_origin(kind) is Literal
+}
+"""What the options may be that are one of several words; the default is the first."""
 
 _TRUE, _FALSE, _NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null", "~", "")
 

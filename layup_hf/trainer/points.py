@@ -9,6 +9,7 @@ from ..trace.events import EVALUATION, SAVING
 from .agreement import Agreement
 from .collectives import Collectives
 from .eras import Eras
+from .evaluations import Evaluations
 from .exchange import Exchange
 from .host import Host
 from .logs import Logs
@@ -35,11 +36,12 @@ class ConsensusPoints:
         agreement: Agreement,
         eras: Eras,
         meetings: Meetings,
+        evaluations: Evaluations,
         tracing: Tracing,
     ) -> None:
         self._host, self._state, self._collectives, self._exchange = host, state, collectives, exchange
         self._logs, self._agreement, self._eras, self._meetings = logs, agreement, eras, meetings
-        self._tracing = tracing
+        self._evaluations, self._tracing = evaluations, tracing
         self._is_inside = False  # all workers are together, and have one model
 
     def with_all(self, purpose: str, action: Callable[[], T]) -> T:
@@ -51,7 +53,7 @@ class ConsensusPoints:
             purpose: What it is for; the same on all workers.
             action: What is to be done.
         """
-        if self._is_inside:
+        if self._is_inside or self._evaluations.goes_on:
             return action()
 
         def act() -> T:

@@ -66,6 +66,11 @@ def check_generating_trainer(trainer: Any) -> None:
     if not (is_known or getattr(args, "num_generations", None)) or not has_several_workers(args):
         return
     _refuse_options(args)
+    if getattr(args, "evaluations", "wait") == "background":
+        raise ValueError(
+            f"`evaluations='background'` and {name} exclude each other with several workers: it evaluates groups of "
+            "completions that all of them generate together. Use `evaluations='wait'`."
+        )
     if not is_known:
         raise ValueError(
             f"{name} and LayUp with several workers exclude each other: it generates completions in a way that is not "

@@ -22,6 +22,7 @@ from .blockwise import BlockwiseModel
 from .checkpoint import Checkpoints
 from .collectives import Collectives
 from .eras import Eras
+from .evaluations import Evaluations
 from .exchange import Exchange
 from .following import ClockFollower
 from .host import Host
@@ -75,10 +76,13 @@ class LayupRun:
         self.agreement = agreement = Agreement(host, state, members, model, exchange, tracing)
         self.eras = eras = Eras(host, state, members, self.work, model, exchange, agreement, tracing)
         self.follower = follower = ClockFollower(host, state, collectives, members)
+        self.evaluations = evaluations = Evaluations(host, state, collectives, self.checkpoints, tracing)
         self.meetings = meetings = Meetings(
-            host, state, collectives, members, exchange, agreement, eras, follower, tracing
+            host, state, collectives, members, exchange, agreement, eras, follower, evaluations, tracing
         )
-        self.points = ConsensusPoints(host, state, collectives, exchange, self.logs, agreement, eras, meetings, tracing)
+        self.points = ConsensusPoints(
+            host, state, collectives, exchange, self.logs, agreement, eras, meetings, evaluations, tracing
+        )
         self.loop = TrainingLoop(
             host, state, collectives, members, self.work, exchange, eras, follower, meetings, tracing
         )

@@ -134,6 +134,8 @@ SEAMS = (
     *_of(_TRAINER, "5.0", "_globalstep_last_logged", "_total_loss_scalar", "_train_batch_size", is_set=True),
     *_of(_TRAINER, "5.1", "_get_learning_rate"),
     *_of(_TRAINER, "5.0", "_finish_current_push", "_prepare_inputs"),
+    *_of(_TRAINER, "5.0", ("_evaluate", "trial", "ignore_keys_for_eval", "skip_scheduler")),
+    *_of(_TRAINER, "5.0", ("_determine_best_metric", "metrics", "trial")),
     *_of(_TRAINER, "5.0", "_eval_dataloaders", is_optional=True),
     # ---- Elsewhere in transformers ----
     *_of("transformers.trainer", "5.10", "hf_api", before="upload_folder"),  # replaced while the Trainer uploads

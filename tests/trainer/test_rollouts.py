@@ -221,6 +221,9 @@ def test_what_keeps_a_worker_from_generating_alone_is_refused(tmp_path, two_work
     args = LayupConfig(str(tmp_path), use_cpu=True, bias_every=4)
     with pytest.raises(ValueError, match="`bias_every` and LayUp with several workers that generate"):
         check_generating_trainer(SimpleNamespace(args=args, _step=0, _buffered_inputs=None))
+    args = LayupConfig(str(tmp_path), use_cpu=True, evaluations="background")
+    with pytest.raises(ValueError, match="`evaluations='background'` and SimpleNamespace exclude each other"):
+        check_generating_trainer(SimpleNamespace(args=args, _step=0, _buffered_inputs=None))
     with pytest.raises(ValueError, match="`use_transformers_continuous_batching` and `bf16` exclude each other"):
         grpo(tmp_path, use_transformers_continuous_batching=True, bf16=True)
 
