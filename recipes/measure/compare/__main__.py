@@ -5,6 +5,8 @@
     python -m recipes.measure.compare --straggler "rank=1,compute=0.3,busy=true"
     python -m recipes.measure.compare --hosts 2 --rate 100mbit  each worker on a host of its own (needs root)
     python -m recipes.measure.compare --images resnet           Fashion-MNIST by a small ResNet, not text by a GPT-2
+    python -m recipes.measure.compare --task shakespeare        nanoGPT's recipe for characters on Shakespeare's plays
+    python -m recipes.measure.compare --task gpt-neo            TinyStories' GPT-Neo on the Linux kernel's documentation
     python -m recipes.measure.compare show                      the table and the pictures again
 
 Each method trains with every learning rate for the first seed, and with its best one for all seeds; with `--whole_grid`
@@ -33,33 +35,65 @@ What the columns say:
   straggler `busy=true`. Not on a GPU, where the thread also sleeps while the device computes.
 """
 
+import argparse
 import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..common.command import command_line
 from .comparison import Comparison, steps_for
+from .public import RECIPES
 from .report import NAMES, draw, table
 
-QUICK = {
-    "methods": list(NAMES),
-    "learning_rates": [4e-3, 1.6e-2],
-    "seeds": [1],
-    "steps": 64,
-    "evaluations": 4,
-}
 DEFAULTS = {
     "methods": list(NAMES),
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3],
     "seeds": [1, 2, 3],
     "steps": 240,
     "evaluations": 10,
+    "batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup": 0.5,
+    "config_overrides": "",
 }
+QUICK = {"learning_rates": [4e-3, 1.6e-2], "seeds": [1], "steps": 64, "evaluations": 4}
 # Of what is learnt from.
-TEXT = {"block_size": 128, "vocab_size": 512, "config_overrides": ""}
-QUICK_TEXT = {**TEXT, "block_size": 64, "config_overrides": "n_layer=2,n_embd=64,n_head=2"}
+TEXT = {"block_size": 128, "vocab_size": 512}
+QUICK_TEXT = {"block_size": 64, "vocab_size": 512, "config_overrides": "n_layer=2,n_embd=64,n_head=2"}
 OF_TEXT, OF_IMAGES = ("block_size", "vocab_size", "train_file"), ("dataset_name",)
+OF_MODELS, OF_TASKS = ("images", "config_overrides", "quick", "lr_scheduler_type", "warmup"), ("texts",)
+
+
+def defaults_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What options are unless they are given.
+
+    Raises:
+        ValueError: One is given that belongs to another kind of data.
+    """
+    if options.task:
+        kind, others, remedy = f"--task {options.task}", (*OF_TEXT, *OF_IMAGES, *OF_MODELS), "leave out --task"
+    elif options.images:
+        kind, others, remedy = "images", (*OF_TEXT, *OF_TASKS), "leave out --images"
+    else:
+        kind, others, remedy = "text", OF_IMAGES, "name a model with --images"
+        if options.texts is not None:
+            raise ValueError("--texts is of no use without a --task: leave it out, or name one.")
+    for name in others:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"--{name} is of no use for {kind}: leave it out, or {remedy}")
+    if options.task:
+        recipe = RECIPES[options.task]
+        return {
+            **DEFAULTS,
+            "folder": Path("bench-output", f"compare-{options.task}"),
+            **recipe.fixed,
+            **recipe.defaults,
+        }
+    folder = Path("bench-output", "compare-quick" if options.quick else "compare")
+    of_text = {} if options.images else QUICK_TEXT if options.quick else TEXT
+    return {**DEFAULTS, "folder": folder, **of_text, **(QUICK if options.quick else {})}
 
 
 def show(folder: Path) -> None:
@@ -84,28 +118,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every worker on average; a few more if evaluations need it")
     parser.add_argument("--evaluations", type=int)
     parser.add_argument("--period", type=int, default=8, help="local steps of Local SGD, DiLoCo and CO2")
-    parser.add_argument("--batch_size", type=int, default=8, help="samples of a worker in a step")
+    parser.add_argument("--batch_size", type=int, help="samples of a worker in a step")
     parser.add_argument("--block_size", type=int, help="tokens of a sample")
     parser.add_argument("--vocab_size", type=int, help="512 by default")
     parser.add_argument("--train_file", help="text; the sources of Python's standard library by default")
+    parser.add_argument("--task", choices=list(RECIPES), help="learn this instead, as it is published")
+    parser.add_argument("--texts", help="folder of its texts, where their package is not installed")
     parser.add_argument("--images", choices=["resnet", "vit"], help="learn images instead of text, by this model")
     parser.add_argument("--dataset_name", help="images, as in vision.py; Fashion-MNIST by default")
     parser.add_argument("--config_overrides", help="of the model, as in the recipes")
-    parser.add_argument("--lr_scheduler_type", choices=["cosine", "constant_with_warmup"], default="cosine")
-    parser.add_argument("--warmup", type=float, default=0.5, help="share of the steps, below 1")
+    parser.add_argument("--lr_scheduler_type", choices=["cosine", "constant_with_warmup"])
+    parser.add_argument("--warmup", type=float, help="share of the steps, below 1; half by default")
     parser.add_argument("--straggler", help="delays, such as 'rank=1,compute=0.3,busy=true'; not of one process")
     parser.add_argument("--hosts", type=int, help="each worker on a host of its own, so many")
     parser.add_argument("--rate", default="1gbit", help="of the hosts' links")
-    parser.add_argument("--folder", type=Path, help="bench-output/compare by default, or bench-output/compare-quick")
+    parser.add_argument("--folder", type=Path, help="bench-output/compare by default, with -quick or the task")
     options = parser.parse_args()
-    of_text = ("text", OF_IMAGES, "name a model with --images")
-    kind, others, remedy = ("images", OF_TEXT, "leave out --images") if options.images else of_text
-    for name in others:
-        if getattr(options, name) is not None:
-            parser.error(f"--{name} is of no use for {kind}: leave it out, or {remedy}")
-    folder = Path("bench-output", "compare-quick" if options.quick else "compare")
-    task = {"config_overrides": ""} if options.images else QUICK_TEXT if options.quick else TEXT
-    for name, value in {"folder": folder, **task, **(QUICK if options.quick else DEFAULTS)}.items():
+    try:
+        defaults = defaults_of(options)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not 0 <= options.warmup < 1:
@@ -113,7 +146,9 @@ def main() -> None:
     options.workers = options.hosts or options.workers
     if options.workers < 2:
         parser.error("a comparison needs two workers or more")
-    options.train_file = options.train_file and str(Path(options.train_file).resolve())
+    for name in ("train_file", "texts"):
+        path = getattr(options, name)
+        setattr(options, name, path and str(Path(path).resolve()))
     options.steps = steps_for(options.steps, options.evaluations, options.period)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what == "run":

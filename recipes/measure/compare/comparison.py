@@ -79,7 +79,8 @@ class Comparison:
         if self.file.exists():
             results = self.results()
             differing = [name for name in settings if results["settings"].get(name) != settings[name]]
-            if set(differing) - {"learning_rates", "seeds", "whole_grid"}:  # of these there may be more than before
+            # Of the first there may be more than before; texts are known by their contents.
+            if set(differing) - {"learning_rates", "seeds", "whole_grid", "texts"}:
                 raise SystemExit(
                     f"{self.file} has results with other settings ({', '.join(differing)}). Choose another --folder, "
                     "or the settings with which it was begun."

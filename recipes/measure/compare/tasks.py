@@ -1,13 +1,9 @@
-"""What is trained on: text, by a GPT-2 made anew, or images, by a classifier made anew."""
+"""What is trained on: text, by a GPT-2 made anew, images, by a classifier made anew, or a task that others know."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from recipes.parts import classifier
@@ -16,26 +12,10 @@ from recipes.parts.model import make_config, make_model
 from recipes.parts.tokens import collate
 
 from ..common.text import load_blocks
+from .public import RECIPES
+from .task import Task
 
 HELD_OUT = {"blocks": 128, "images": 2000}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data, and a model for it.
-
-    Attributes:
-        train, held_out: Rows.
-        make_model: Makes the model anew from a seed, equal on every worker.
-        trainer: What the Trainer has to know besides.
-        arguments: Likewise of `LayupConfig`.
-    """
-
-    train: Dataset
-    held_out: Dataset
-    make_model: Callable[[int], PreTrainedModel]
-    trainer: dict[str, Any]
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def text(options: argparse.Namespace, state: PartialState) -> Task:
@@ -61,3 +41,10 @@ def images(options: argparse.Namespace, state: PartialState) -> Task:
         return classifier.make_model(chosen, classes, seed)[0]
 
     return Task(train, held_out, new_model, accuracy, classifier.TRAINING)
+
+
+def task_of(options: argparse.Namespace, state: PartialState) -> Task:
+    """The one that the options name. Collective."""
+    if options.task:
+        return RECIPES[options.task].make(options, state)
+    return (images if options.images else text)(options, state)

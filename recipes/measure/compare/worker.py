@@ -32,7 +32,7 @@ from ..common.meters import PeakMemory, Stopwatch
 from .local import LOCAL, LocalTrainer
 from .method import Method, Setup
 from .methods import METHODS, ring_bytes
-from .tasks import images, text
+from .tasks import task_of
 
 Run = dict[str, Any]
 WARM_UP = 3  # steps of a run that is not counted: allocator, thread pools, caches of kernels
@@ -118,7 +118,7 @@ class Bench:
         self._arguments()  # starts the process group
         self.state = PartialState()
         disable_progress_bars()
-        self.task = (images if options.images else text)(options, self.state)
+        self.task = task_of(options, self.state)
 
     def _arguments(self, **more: Any) -> LayupConfig:
         options = self.options
@@ -217,6 +217,18 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def note_data(file: Path, data: dict[str, Any]) -> None:
+    """Keep with the results what tells the data from others.
+
+    Raises:
+        RuntimeError: They were begun with other data.
+    """
+    results = json.loads(file.read_text())
+    if results.setdefault("data", data) != data:
+        raise RuntimeError(f"{file} was begun with other data, {results['data']}, not {data}: choose another --folder.")
+    write_results(file, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
@@ -226,6 +238,8 @@ def main() -> None:
     logging.set_verbosity_error()
     bench = Bench(argparse.Namespace(folder=given.folder, **given.settings))
     is_first = bench.state.is_main_process
+    if is_first:
+        note_data(given.folder / "compare.json", bench.task.data)
     bench.warm_up()
 
     def progress(share: float) -> None:
