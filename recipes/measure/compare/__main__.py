@@ -10,10 +10,14 @@
     python -m recipes.measure.compare show                      the table and the pictures again
 
 Each method trains with every learning rate for the first seed, and with its best one for all seeds; with `--whole_grid`
-with every learning rate for all seeds, as one seed may be lucky with a rate that is too high. Prints a Markdown table,
-draws three pictures (loss over samples and over seconds; costs), and keeps all figures in `compare.json`, in
-`--folder`. It is written after every run, so the same command goes on where it was stopped. A run that diverges or
-fails counts as infinitely bad, and the others go on.
+with every learning rate for all seeds, as one seed may be lucky with a rate that is too high. A rate at the edge of the
+grid is not called the best; `--widen 2` tries up to two more beyond it. Prints Markdown tables, draws three pictures
+(loss over samples and over seconds; costs), and keeps all figures in `compare.json`, in `--folder`. It is written after
+every run, so the same command goes on where it was stopped, and repeats what was begun. A run that diverges or fails
+counts as infinitely bad, and the others go on.
+
+The second table sets LayUp beside each other method, seed by seed: see `significance.py`. It takes six seeds to show a
+difference.
 
 What the columns say:
 
@@ -44,8 +48,9 @@ from typing import Any
 
 from ..common.command import command_line
 from .comparison import Comparison, steps_for
+from .drawing import draw
 from .public import RECIPES
-from .report import NAMES, draw, table
+from .report import NAMES, table
 
 DEFAULTS = {
     "methods": list(NAMES),
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps, two learning rates, one seed")
     parser.add_argument("--methods", nargs="+", choices=list(NAMES), help="of those of the table; all by default")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="the grid")
+    parser.add_argument("--widen", type=int, help="so many rates more at most, beyond a best one at the grid's edge")
     parser.add_argument("--seeds", type=int, nargs="+", help="of model and data; the grid is for the first")
     parser.add_argument("--whole_grid", action="store_true", help="for all seeds; the best rate is then the mean's")
     parser.add_argument("--workers", type=int, default=2)
@@ -144,6 +150,8 @@ def main() -> None:
     if not 0 <= options.warmup < 1:
         parser.error(f"--warmup {options.warmup}: a share of the steps, from 0 to below 1")
     options.workers = options.hosts or options.workers
+    if options.widen and len(set(options.learning_rates)) < 2:
+        parser.error("--widen goes on as the grid does: give --learning_rates two rates or more")
     if options.workers < 2:
         parser.error("a comparison needs two workers or more")
     for name in ("train_file", "texts"):

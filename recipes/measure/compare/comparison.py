@@ -17,7 +17,7 @@ from recipes.parts.curve import write_results
 
 from ..common.lab import Lab
 from ..common.launching import environment, launcher, on_this_host
-from .report import Run, best_rate
+from .report import Run, best_rate, is_inside, tried_rates
 
 WORKER = "recipes.measure.compare.worker"
 PATIENCE = 600  # seconds without a sign of progress, after which a run counts as failed
@@ -33,7 +33,8 @@ def wanted(settings: dict[str, Any], methods: list[str], runs: list[Run]) -> lis
     wants: list[Run] = []
     for method in methods:
         grid_seeds = settings["seeds"] if settings.get("whole_grid") else [first]
-        mine = [make_run(method, rate, seed) for rate in settings["learning_rates"] for seed in grid_seeds]
+        rates = grid(settings, runs, method)
+        mine = [make_run(method, rate, seed) for rate in rates for seed in grid_seeds]
         mine += [make_run(method, settings["learning_rates"][0], first, memory=True)]
         best = best_rate(runs, method, first)
         if best is not None and all(run in done for run in mine):
@@ -41,6 +42,24 @@ def wanted(settings: dict[str, Any], methods: list[str], runs: list[Run]) -> lis
         wants += [run for run in mine if run not in done]
     # Methods take turns, so that what else the machine does in the course of time falls on all of them.
     return sorted(wants, key=lambda run: (run["memory"], run["seed"], run["learning_rate"]))
+
+
+def grid(settings: dict[str, Any], runs: list[Run], method: str) -> list[float]:
+    """The learning rates for a method: those of all, and one beyond its best if that is the lowest or highest.
+
+    Of these there are `widen` at most. A best rate with others on both sides of it is the best, one at the edge is not.
+    """
+    rates, first = settings["learning_rates"], settings["seeds"][0]
+    most = len(rates) + (settings.get("widen") or 0)
+    if most == len(rates):
+        return rates
+    tried = tried_rates(runs, method, first)
+    wider = sorted({*rates, *tried})
+    best = best_rate(runs, method, first)
+    if best is None or tried != wider or is_inside(wider, best) or len(wider) >= most:
+        return wider
+    beyond, before = (wider[-1], wider[-2]) if best == wider[-1] else (wider[0], wider[1])
+    return sorted([*wider, float(f"{beyond * beyond / before:.6g}")])
 
 
 def make_run(method: str, learning_rate: float, seed: int, memory: bool = False) -> Run:
@@ -80,7 +99,7 @@ class Comparison:
             results = self.results()
             differing = [name for name in settings if results["settings"].get(name) != settings[name]]
             # Of the first there may be more than before; texts are known by their contents.
-            if set(differing) - {"learning_rates", "seeds", "whole_grid", "texts"}:
+            if set(differing) - {"learning_rates", "widen", "seeds", "whole_grid", "texts"}:
                 raise SystemExit(
                     f"{self.file} has results with other settings ({', '.join(differing)}). Choose another --folder, "
                     "or the settings with which it was begun."
@@ -98,6 +117,7 @@ class Comparison:
         whole = 1 + (rates * seeds if self.settings.get("whole_grid") else rates + seeds - 1)  # with one for memory
         with tqdm(total=len(self.methods) * whole, bar_format=form) as bar:
             while runs := wanted(self.settings, self.methods, self.results()["runs"]):
+                bar.total = max(bar.total, self._made() + len(runs))
                 is_single = runs[0]["method"] == "single"
                 batch = [run for run in runs if (run["method"] == "single") == is_single]
                 failure = self._launch(batch, 1 if is_single else self.settings["workers"], bar)
@@ -111,6 +131,10 @@ class Comparison:
                     write_results(self.file, results)
                 self._tell(bar, 0.0)
 
+    def _made(self) -> int:
+        """How many runs of the methods there are by now."""
+        return sum(run["method"] in self.methods for run in self.results()["runs"])
+
     def _tell(self, bar: tqdm, share: float) -> None:
         """Say what has been made since the last call, and move the bar.
 
@@ -121,7 +145,7 @@ class Comparison:
         for run in runs[self._told :]:
             tqdm.write(describe(run))
         self._told = len(runs)
-        bar.n = sum(run["method"] in self.methods for run in runs) + share
+        bar.n = self._made() + share
         bar.refresh()
 
     def _launch(self, runs: list[Run], processes: int, bar: tqdm) -> str:

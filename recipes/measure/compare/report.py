@@ -1,11 +1,11 @@
-"""What is made of a comparison's results: the best learning rates, the table, the pictures."""
+"""What is made of a comparison's results: the best learning rates, the tables."""
 
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 from ..common.losses import Curve
+from .significance import LEVEL, verdict
 
 Run = dict[str, Any]
 NAMES = {
@@ -29,6 +29,7 @@ NAMES = {
     "layup-plain": "LayUp, plain AdamW",
 }
 NONE = "-"
+OURS = ("layup", "layup-muon")  # set beside each of the others
 HEADS = (
     "method",
     "learning rate",
@@ -70,6 +71,16 @@ def best_rate(runs: list[Run], method: str, seed: int) -> float | None:
     most = max(map(len, losses.values()), default=0)
     means = {rate: statistics.mean(by_seed.values()) for rate, by_seed in losses.items() if len(by_seed) == most}
     return min(means, key=means.__getitem__, default=None)
+
+
+def tried_rates(runs: list[Run], method: str, seed: int) -> list[float]:
+    """The learning rates that a method has been run with, also those that it diverged with, from the lowest on."""
+    return sorted({run["learning_rate"] for run in training_runs(runs, method) if run["seed"] == seed})
+
+
+def is_inside(rates: list[float], rate: float) -> bool:
+    """Whether lower and higher rates have been tried, so that this may be called the best."""
+    return min(rates) < rate < max(rates)
 
 
 def best_runs(runs: list[Run], method: str, seed: int) -> dict[int, Run]:
@@ -158,13 +169,13 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
     if not mine:
         failures = [run["failure"] for run in training_runs(runs, method) if run["failure"]]
         return [NAMES[method], NONE, (failures or ["not run"])[-1].splitlines()[-1], *[NONE] * (len(HEADS) - 3)]
-    done = completed(mine)
-
+    done, rate = completed(mine), best_rate(runs, method, seed)
+    edge = "" if is_inside(tried_rates(runs, method, seed), rate) else ", the grid's edge"
     accuracy, cost = mean_of(done, "accuracy"), costs(runs, method, seed)
     recognised = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
     return [
         NAMES[method],
-        f"{best_rate(runs, method, seed):g}",
+        f"{rate:g}{edge}",
         mean_and_spread([final_loss(run) for run in mine.values()]) + recognised,
         *beside_ddp(mine, ddp),
         f"{statistics.median(sum(run['own_steps']) / run['seconds'] for run in done):.2f}",
@@ -172,6 +183,44 @@ def row(runs: list[Run], method: str, seed: int) -> list[str]:
         quantity(cost["memory"], 2**20, "{:.1f} MiB"),
         quantity(cost["waiting"], 1, "{:.2f}"),
     ]
+
+
+def differences(runs: list[Run], method: str, other: str, seed: int) -> list[float]:
+    """What a method's final loss is above the other's, for each seed that both have been run with at their rates."""
+    mine, others = (best_runs(runs, name, seed) for name in (method, other))
+    return [final_loss(mine[each]) - final_loss(others[each]) for each in sorted(mine.keys() & others.keys())]
+
+
+def significance(results: dict[str, Any]) -> str:
+    """The Markdown table of LayUp beside each other method, seed by seed."""
+    runs, seed = results["runs"], results["settings"]["seeds"][0]
+    ours = [name for name in OURS if best_runs(runs, name, seed)]
+    others = [name for name in NAMES if best_runs(runs, name, seed)]
+    heads = [f"loss of {NAMES[mine]} less that" for mine in ours]
+    if not ours or others == ours[:1]:
+        return ""
+    lines = [
+        "Differences in held-out loss between runs of one seed, mean ± standard deviation. By an exact permutation "
+        f"test over paired differences, two-sided, there is one where p < {LEVEL:g} (each by itself), otherwise none.",
+        "",
+        f"| {' | '.join(['of', *heads])} |",
+        "|---" * (1 + len(ours)) + "|",
+    ]
+    for other in others:
+        cells = [NONE if mine == other else verdict(differences(runs, mine, other, seed)) for mine in ours]
+        lines.append(f"| {' | '.join([NAMES[other], *cells])} |")
+    return "\n".join(lines)
+
+
+def of_data(data: dict[str, Any]) -> list[str]:
+    """What was trained and evaluated on, in words, if that was noted."""
+    if not data:
+        return []
+    parts = [
+        f"{data[part]['characters']:,} characters {use} (SHA-256 {data[part]['sha256'][:16]})"
+        for part, use in (("train", "to train on"), ("held_out", "held out"))
+    ]
+    return ["", f"Data: {parts[0]}, {parts[1]}; a vocabulary of {data['vocabulary']:,}."]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -186,72 +235,20 @@ def table(results: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     seeds = ", ".join(map(str, settings["seeds"]))
     choice = "the mean over seeds" if settings.get("whole_grid") else f"seed {seed}"
+    unit = "characters" if settings.get("task") == "shakespeare" else "tokens"
+    wider = " and beyond" if settings.get("widen") else ""
     images = settings.get("images")
-    kind = f"images by a {images}" if images else f"samples of {settings['block_size']} tokens"
+    kind = f"images by a {images}" if images else f"samples of {settings['block_size']} {unit}"
     link = f"hosts joined by links of {settings['rate']}" if settings["hosts"] else "workers on one host"
     lines = [
         f"{settings['workers']} {link}; {size:,} parameters; {settings['steps']} steps of {settings['batch_size']} "
-        f"samples per worker, {samples:,} {kind}; best of {rates} by {choice}; "
+        f"samples per worker, {samples:,} {kind}; rates from {rates}{wider}, chosen by {choice}; "
         f"seeds {seeds}" + (f"; delayed: {settings['straggler']}" if settings["straggler"] else "") + ".",
+        *of_data(results.get("data", {})),
         "",
         "| " + " | ".join(HEADS) + " |",
         "|---" * len(HEADS) + "|",
         *("| " + " | ".join(row(runs, method, seed)) + " |" for method in methods),
+        *(["", beside] if (beside := significance(results)) else []),
     ]
     return "\n".join(lines)
-
-
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """Held-out loss over samples and over seconds, and what each method costs, as pictures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    for key in ("samples", "seconds", "costs"):
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
-        if key == "costs":
-            draw_costs(results, figure)
-        else:
-            draw_curves(results, key, figure)
-        figure.savefig(folder / f"compare-{key}.png", dpi=110)
-        print(f"Drawn: {folder / f'compare-{key}.png'}")
-
-
-def draw_curves(results: dict[str, Any], key: str, figure: Any) -> None:
-    """Held-out loss at each method's best learning rate, a line for each seed.
-
-    Args:
-        key: `samples` or `seconds`.
-        figure: To draw it into.
-    """
-    from matplotlib import colormaps
-
-    runs, seed = results["runs"], results["settings"]["seeds"][0]
-    figure.set_size_inches(8, 5)
-    axes = figure.add_subplot()
-    for number, (method, name) in enumerate(NAMES.items()):
-        for turn, run in enumerate(best_runs(runs, method, seed).values()):
-            points = [(p[key], p["loss"]) for p in run.get("points", []) if p["loss"] is not None]
-            if points:
-                style = "--" if method == "single" else "-"
-                colour = "black" if method == "single" else colormaps["tab20"](number)
-                line = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)[0]
-                line.set_label(f"{name}, {run['learning_rate']:g}" if turn == 0 else "_")
-    unit = "samples of all workers" if key == "samples" else "seconds of training"
-    sample = "image" if results["settings"].get("images") else "token"
-    axes.set(xlabel=unit, ylabel=f"held-out loss (nats per {sample})")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-
-
-def draw_costs(results: dict[str, Any], figure: Any) -> None:
-    """Bytes, memory and waiting of each method, side by side, into the figure."""
-    runs, seed = results["runs"], results["settings"]["seeds"][0]
-    made = {NAMES[method]: costs(runs, method, seed) for method in reversed(NAMES) if best_runs(runs, method, seed)}
-    units = {"bytes": 1e6, "memory": 2**20, "waiting": 1}
-    labels = ("MB per worker and step", "peak memory of a worker (MiB)", "share of time waiting")
-    figure.set_size_inches(12, 1 + 0.3 * len(made))
-    for axes, (key, unit), label in zip(figure.subplots(1, 3, sharey=True), units.items(), labels, strict=True):
-        axes.barh(list(made), [(cost[key] or 0) / unit for cost in made.values()])
-        axes.set_xlabel(label)
-        axes.grid(axis="x", alpha=0.3)

@@ -78,6 +78,11 @@ def test_images_are_learnt_by_a_model_with_batchnorm(tmp_path):
     ("options", "message"),
     [
         (["--images", "vit", "--block_size", "64"], "--block_size is of no use for images"),
+        (["--images", "vit", "--texts", "somewhere"], "--texts is of no use for images"),
+        (["--texts", "somewhere"], "--texts is of no use without a --task"),
+        (["--task", "shakespeare", "--block_size", "32"], "--block_size is of no use for --task shakespeare: leave it"),
+        (["--task", "gpt-neo", "--quick"], "--quick is of no use for --task gpt-neo"),
+        (["--widen", "2", "--learning_rates", "1e-3"], "give --learning_rates two rates or more"),
         (["--dataset_name", "somewhere"], "--dataset_name is of no use for text: leave it out, or name a model with"),
     ],
 )

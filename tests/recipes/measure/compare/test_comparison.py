@@ -6,7 +6,7 @@ import math
 import pytest
 from made import SETTINGS, made, memory
 
-from recipes.measure.compare.comparison import Comparison, last_error, make_run, steps_for, wanted
+from recipes.measure.compare.comparison import Comparison, grid, last_error, make_run, steps_for, wanted
 from recipes.measure.compare.report import best_rate, final_loss
 
 
@@ -23,6 +23,26 @@ def test_every_rate_for_the_first_seed_then_the_best_for_the_others():
     assert wanted(SETTINGS, ["ddp"], runs) == [make_run("ddp", 2e-3, 2)]
     runs.append(made("ddp", 2e-3, 2))
     assert wanted(SETTINGS, ["ddp"], runs) == []
+
+
+def test_a_best_rate_at_the_edge_is_looked_for_beyond_it():
+    settings = {**SETTINGS, "widen": 2}
+    runs = [made("ddp", rate, 1, loss=loss) for rate, loss in ((1e-3, 3.0), (2e-3, 2.9))]
+    assert grid(SETTINGS, runs, "ddp") == [1e-3, 2e-3]
+    assert grid(settings, [], "ddp") == grid(settings, runs[:1], "ddp") == [1e-3, 2e-3]
+    assert grid(settings, runs, "ddp") == [1e-3, 2e-3, 4e-3]
+    assert make_run("ddp", 4e-3, 1) in wanted(settings, ["ddp"], runs)
+    assert make_run("ddp", 2e-3, 2) not in wanted(settings, ["ddp"], [*runs, memory("ddp")])  # not until it has ended
+    inside = [*runs, made("ddp", 4e-3, 1, loss=3.0), memory("ddp")]
+    assert grid(settings, inside, "ddp") == [1e-3, 2e-3, 4e-3]
+    assert wanted(settings, ["ddp"], inside) == [make_run("ddp", 2e-3, 2)]
+    diverged = made("ddp", 4e-3, 1, (4.0, None), failure="diverged")
+    assert grid(settings, [*runs, diverged], "ddp") == [1e-3, 2e-3, 4e-3]
+    higher = [*runs, made("ddp", 4e-3, 1, loss=2.8)]
+    assert grid(settings, higher, "ddp") == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert grid(settings, [*higher, made("ddp", 8e-3, 1, loss=2.7)], "ddp") == [1e-3, 2e-3, 4e-3, 8e-3]  # two more
+    lower = [made("ddp", rate, 1, loss=loss) for rate, loss in ((1e-3, 2.9), (2e-3, 3.0))]
+    assert grid(settings, lower, "ddp") == [5e-4, 1e-3, 2e-3]
 
 
 def test_a_run_that_diverged_or_failed_is_infinitely_bad_and_not_repeated():
