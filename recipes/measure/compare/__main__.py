@@ -48,12 +48,13 @@ from typing import Any
 
 from ..common.command import command_line
 from .comparison import Comparison, steps_for
+from .decent import PACKAGE, is_installed
 from .drawing import draw
 from .public import RECIPES
 from .report import NAMES, table
 
 DEFAULTS = {
-    "methods": list(NAMES),
+    "methods": [name for name in NAMES if name != "decent-dp" or is_installed()],
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3],
     "seeds": [1, 2, 3],
     "steps": 240,
@@ -115,7 +116,9 @@ def main() -> None:
     parser = command_line("recipes.measure.compare", __doc__)
     parser.add_argument("what", nargs="?", choices=["run", "show"], default="run")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps, two learning rates, one seed")
-    parser.add_argument("--methods", nargs="+", choices=list(NAMES), help="of those of the table; all by default")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(NAMES), help="of those of the table; all that are installed by default"
+    )
     parser.add_argument("--learning_rates", type=float, nargs="+", help="the grid")
     parser.add_argument("--widen", type=int, help="so many rates more at most, beyond a best one at the grid's edge")
     parser.add_argument("--seeds", type=int, nargs="+", help="of model and data; the grid is for the first")
@@ -149,6 +152,8 @@ def main() -> None:
             setattr(options, name, value)
     if not 0 <= options.warmup < 1:
         parser.error(f"--warmup {options.warmup}: a share of the steps, from 0 to below 1")
+    if options.what == "run" and "decent-dp" in options.methods and not is_installed():
+        parser.error(f"Decent-DP is not installed: {PACKAGE}, or leave it out of --methods")
     options.workers = options.hosts or options.workers
     if options.widen and len(set(options.learning_rates)) < 2:
         parser.error("--widen goes on as the grid does: give --learning_rates two rates or more")

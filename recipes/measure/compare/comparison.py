@@ -189,7 +189,10 @@ class Comparison:
 def last_error(output: str) -> str:
     """The end of what failed workers wrote, with the error itself as the last line."""
     lines = [line for line in output[-20000:].splitlines() if line.strip()]
-    errors = [line for line in lines if ("Error" in line or "Failure" in line) and "ChildFailedError" not in line]
+    others = ("ChildFailedError", "raise ")
+    errors = [
+        line for line in lines if ("Error" in line or "Failure" in line) and not any(other in line for other in others)
+    ]
     return "\n".join([*lines[-40:], *errors[:1]])
 
 

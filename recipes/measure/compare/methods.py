@@ -9,6 +9,7 @@ from collections.abc import Callable
 from layup_hf import LayupTrainer
 
 from .ddp import ddp, ddp_bf16, ddp_muon, ddp_nesterov, ddp_powersgd, single
+from .decent import decent
 from .gossip import AdPsgdTrainer, GoSgdTrainer
 from .local import co2, diloco, localsgd, localsgd_muon
 from .method import Method, Setup
@@ -67,6 +68,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "localsgd-muon": localsgd_muon,
     "diloco": diloco,
     "co2": co2,
+    "decent-dp": decent,
     "gosgd": gosgd,
     "adpsgd": adpsgd,
     "layup": layup,

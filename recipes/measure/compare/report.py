@@ -19,6 +19,7 @@ NAMES = {
     "localsgd-muon": "Local SGD, Muon",
     "diloco": "DiLoCo",
     "co2": "CO2",
+    "decent-dp": "Decent-DP",
     "gosgd": "GoSGD",
     "adpsgd": "AD-PSGD",
     "layup": "LayUp",

@@ -100,5 +100,6 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
 
 
 def test_the_first_error_is_the_last_line():
-    output = "working\nValueError: this one\nWorkerFailure: of the other\nChildFailedError: of the launcher\n"
+    lines = ["working", "    raise ValueError(", "ValueError: this one", "WorkerFailure: of the other"]
+    output = "\n".join([*lines, "ChildFailedError: of the launcher"])
     assert last_error(output).splitlines()[-1] == "ValueError: this one"
