@@ -57,8 +57,7 @@ def limited(kind, number):
 
 def test_too_many_open_files(tmp_path):
     with limited(resource.RLIMIT_NOFILE, 8), pytest.raises(OSError, match="Too many open files") as error:
-        held = [(tmp_path / str(number)).open("w") for number in range(1000)]
-    del held
+        _ = [(tmp_path / str(number)).open("w") for number in range(1000)]
     assert why_not_written(error.value, tmp_path) == remedy(errno.EMFILE)
     assert "ulimit -n" in remedy(errno.EMFILE)
 

@@ -13,6 +13,7 @@ from torch.distributed import Store
 
 from .gate import Gate, addresses
 from .sockets import sockets
+from .store import JobStore
 
 _INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = "lo"
@@ -36,7 +37,7 @@ class Forming(Store):
         RuntimeError: A member does not come.
     """
 
-    def __init__(self, store: Store, era: int, rank: int, world_size: int) -> None:
+    def __init__(self, store: JobStore, era: int, rank: int, world_size: int) -> None:
         super().__init__()
         self._store, self._prefix = store, f"group/{era}/"
         # Where nobody has named an interface, all may be on one machine, and gloo may use its loopback.

@@ -12,11 +12,12 @@ from datetime import timedelta
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed import ProcessGroup, Store
+from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
 from .forming import Forming
 from .sockets import opened, sockets
+from .store import JobStore
 from .talk import Talk
 
 _FORMING = timedelta(seconds=60)
@@ -46,7 +47,7 @@ class Group:
     """
 
     def __init__(
-        self, store: Store, era: int, rank: int, world_size: int, timeout: timedelta, *, token: bytes, run: bytes
+        self, store: JobStore, era: int, rank: int, world_size: int, timeout: timedelta, *, token: bytes, run: bytes
     ) -> None:
         self._store = forming = Forming(store, era, rank, world_size)  # torch's own reference does not keep it
         backend = PartialState().backend or ("nccl" if torch.cuda.is_available() else "gloo")

@@ -253,7 +253,7 @@ class Membership:
         self._stop.set()
         self._thread.join(self.lease_seconds)
         try:
-            if self._store.compare_set(f"state/{self.member}", _ALIVE, reason).decode() == reason:
+            if _text(self._store.compare_set(f"state/{self.member}", _ALIVE, reason)) == reason:
                 self._is_counted = True
         except RuntimeError as error:
             logger.info(f"The store of the job has gone before this worker: {error}")
@@ -320,7 +320,7 @@ class Membership:
         if now() - seen[1] <= self.lease_seconds:
             return False
         mine = f"{_FENCED} by {self.member}"
-        if self._control.compare_set(f"state/{other}", _ALIVE, mine).decode() == mine:
+        if _text(self._control.compare_set(f"state/{other}", _ALIVE, mine)) == mine:
             self._control.add(WORKERS, -1)
         return True
 

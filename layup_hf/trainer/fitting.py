@@ -74,9 +74,10 @@ def fitting_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> Iterator[
         missing = sorted(name for name in optimizer.defaults if name not in group)
         if missing:
             raise _other_state(file, f"nothing is said there of {', '.join(map(repr, missing))}")
-    for number, (parameter, state) in enumerate(optimizer.state.items()):
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for number, parameter in enumerate(parameters):
         for name in _AS_THE_PARAMETER:
-            value = state.get(name)
+            value = optimizer.state.get(parameter, {}).get(name)
             if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
                 shapes = f"the shape {tuple(value.shape)}, and the parameter {tuple(parameter.shape)}"
                 raise _other_state(file, f"{name!r} of parameter {number} has {shapes}")

@@ -38,7 +38,7 @@ SENTENCES = {
     "They cannot stop it by half-open connections, random bytes, or bytes that come slowly.": (
         "security/test_attacks.py::test_training_goes_on_as_if_nobody_had_attacked_it"
     ),
-    "They cannot take a member's place when a group forms: gloo's port is then closed to all but the members' machines.": (
+    "They cannot take a member's place when a group forms: gloo's port is open to members' machines alone.": (
         "fleet/test_group.py::test_strangers_who_are_there_before_a_member_do_not_take_its_place"
     ),
     "They can keep workers from starting: the launcher's store is torch's, and open to all.": (

@@ -121,11 +121,13 @@ def attacked(
     problems += [f"what was sent has been run: {mark.name}" for mark in sorted(folder.glob(f"{MARK}*"))]
     problems += [f"step {step} instead of {steps}" for step in reached if step != steps]
     made = sum(end["own_steps"] for end in ends if end)
-    if all(ends) and abs(made - steps * len(ends)) > len(ends) and not is_disturbed:  # what a worker held is lost
-        problems.append(f"{made} steps were made instead of {steps * len(ends)}")
+    wanted = steps * len(ends)  # but for numbers that a worker has drawn ahead when the run ends; what a lost one held
+    if all(ends) and abs(made - wanted) > wanted // 100 and not is_disturbed:
+        problems.append(f"{made} steps were made instead of {wanted}")
     problems += [f"on host {host.index} a thread has died" for host in lab.hosts if DIED in run.log(host)]
-    there = range(1, len(lab.hosts) + 1) if is_disturbed else [len(lab.hosts)]
-    problems += [f"mass {mass} instead of {len(lab.hosts)}" for mass in masses if mass not in there]
+    all_of_it = len(lab.hosts)  # less, between the loss of a worker and its return
+    is_less = [mass for mass in masses if (not 0 < mass <= all_of_it if is_disturbed else mass != all_of_it)]
+    problems += [f"mass {mass} instead of {all_of_it}" for mass in is_less]
     told = sum(run.log(host).count(OPEN) for host in lab.hosts)
     if told != (not has_secret):
         problems.append(f"the log says {told} times that the job is open")
