@@ -42,6 +42,15 @@ def try_to_write(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
+def errno_of_writing(folder: Path) -> int | None:
+    """The number of the operating system's error that writing there comes to; None if it works."""
+    try:
+        try_to_write(folder)
+    except OSError as error:
+        return error.errno
+    return None
+
+
 def why_not_written(error: BaseException, folder: str | Path) -> str:
     """What is wrong, and what helps, as a sentence without its end; nothing if it is none of the operating system's.
 
@@ -53,11 +62,7 @@ def why_not_written(error: BaseException, folder: str | Path) -> str:
     """
     number = next(filter(None, map(_number_of, _with_causes(error))), None)
     if number is None:
-        place = nearest(Path(folder).absolute())
-        try:
-            try_to_write(place)
-        except OSError as found:
-            number = found.errno
+        number = errno_of_writing(nearest(Path(folder).absolute()))
     return remedy(number)
 
 

@@ -57,10 +57,18 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, checkpoints, fault):
         assert f"in {folder} are" in said
 
 
-@pytest.mark.parametrize(("options", "said"), [("size=4k", FULL.lower()), ("ro", READ_ONLY.lower())])
-def test_a_trace_that_cannot_be_written(tmp_path, caplog, options, said):
-    with mounted(tmp_path / "disk", options) as folder:
-        args = arguments(tmp_path / "out", trace=str(folder / "trace.json"), max_steps=4)
-        LayupTrainer(model=gpt2(), args=args, train_dataset=text()).train()
+@pytest.mark.parametrize("fault", [FULL, READ_ONLY])
+def test_a_trace_that_cannot_be_written(tmp_path, caplog, fault):
+    with mounted(tmp_path / "disk", "size=1m") as folder:
+        (folder / "checkpoint-2").mkdir()  # what the callback waits for
+        args = arguments(tmp_path / "out", trace=str(folder / "trace.json"), max_steps=5)
+        LayupTrainer(model=gpt2(), args=args, train_dataset=text(), callbacks=[Spoils(folder, fault)]).train()
     (message,) = [message for message in caplog.messages if "the trace could not be written" in message]
-    assert said in message
+    assert fault.lower() in message
+
+
+def test_a_trace_that_will_not_be_written_is_refused_at_once(tmp_path):
+    with mounted(tmp_path / "disk", "ro") as folder:
+        args = arguments(tmp_path / "out", trace=str(folder / "trace.json"))
+        with pytest.raises(ValueError, match=f"nothing can be written in .*, as {READ_ONLY.lower()}"):
+            LayupTrainer(model=gpt2(), args=args, train_dataset=text())
