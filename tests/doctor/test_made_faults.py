@@ -194,8 +194,11 @@ def test_a_disk_that_hangs(examine):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("has_a_full_disk", "ERROR disk rank 1: {} cannot be written: No space left on device -> free some space"),
-        ("has_a_disk_for_reading_only", "ERROR disk rank 1: {} cannot be written: Read-only file system -> choose"),
+        ("has_a_full_disk", "ERROR disk rank 1: {} cannot be written: No space left on device -> the disk is full"),
+        (
+            "has_a_disk_for_reading_only",
+            "ERROR disk rank 1: {} cannot be written: Read-only file system -> the file system is",
+        ),
         (
             "has_a_small_disk",
             "warning disk rank 1: {} can be written; 1.07 GB free: one checkpoint of a model of 89 mi",
