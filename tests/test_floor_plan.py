@@ -17,7 +17,7 @@ FLOORS = [
     {"trainer", "doctor"},
     {"gossip"},
     {"windows", "optim"},
-    {"ledger", "blocks", "fleet", "progress", "device", "machine_code"},
+    {"ledger", "blocks", "fleet", "progress", "device", "machine_code", "disk"},
     {"trace"},
 ]
 """From the top: a module imports from its own room and from the floors below. What is on top is one room."""

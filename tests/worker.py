@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ collectives: Counter[str] = Counter()
 
 @atexit.register  # before there is a trainer, so it comes after whatever a trainer leaves for the end
 def say_whether_the_group_is_left() -> None:
-    threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    threads = []
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            threads.append(Path(f"/proc/self/task/{thread}/comm").read_text())
     is_left = torch.distributed.is_initialized() or any("gloo" in name for name in threads)
     print(f"the process group is {'left' if is_left else 'destroyed'} at exit", flush=True)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import errno
 import resource
 import shutil
-import tempfile
 from pathlib import Path
 
+from ..disk import nearest, remedy, try_to_write
 from .finding import Finding
 
 BYTES_OF_ADAMW = 12
@@ -17,7 +17,6 @@ BYTES_OF_ADAMW = 12
 _GIGABYTE = 10**9
 _UNLIMITED = 2**62
 _FILES, _FILES_OF_PEER, _USUAL_FILES = 128, 8, 1024
-_TRIAL_BYTES = 2**20  # written to see whether the disk takes it
 
 
 def check_memory(workers: int, root: Path = Path("/")) -> list[Finding]:
@@ -98,19 +97,16 @@ def check_files(world_size: int, has_rdma: bool | None = None) -> list[Finding]:
 
 def check_disk(output_dir: Path) -> list[Finding]:
     """Whether the output directory can be written, by writing, and how much is free."""
-    there = _nearest(output_dir.absolute())
+    there = nearest(output_dir.absolute())
     about = str(output_dir) if there == output_dir.absolute() else f"{output_dir}, which is to be made in {there},"
     try:
         if not there.is_dir():
-            raise NotADirectoryError(0, "it is a file")
-        with tempfile.NamedTemporaryFile(prefix=".layup-doctor-", dir=there) as file:
-            file.write(bytes(_TRIAL_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        try_to_write(there)
         free = shutil.disk_usage(there).free
     except OSError as error:
-        remedy = "free some space, or choose another `output_dir`" if _is_full(there) else "choose another `output_dir`"
-        return [Finding("disk", f"{about} cannot be written: {error.strerror}", "error", remedy)]
+        text = f"{about} cannot be written: {error.strerror}"
+        return [Finding("disk", text, "error", f"{remedy(error.errno)}; or choose another `output_dir`")]
     text = f"{about} can be written; {_bytes(free)} free"
     if free < 5 * _GIGABYTE:
         room = _count(free / BYTES_OF_ADAMW)
@@ -125,20 +121,6 @@ def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
 
 
 # ---- Helpers ----
-
-
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest one above it that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def _is_full(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        size = shutil.disk_usage(folder)
-        return size.total > 0 and size.free < 2 * _TRIAL_BYTES
-    return False
 
 
 def _free_memory(root: Path) -> tuple[int, str]:

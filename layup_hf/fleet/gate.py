@@ -4,7 +4,8 @@ UCX does not ask who connects. Over TCP it does what it is told: whoever reaches
 the process; no key is looked at (`tests/windows/test_strangers.py` shows it). Signing what workers say to each other is
 worth nothing while that port is open to all. So a filter is put on UCX's own socket, which lets in packets from the
 addresses of the workers alone: a classic socket filter (see `Documentation/networking/filter.rst` of Linux), for which
-socket(7) asks no privilege. Some kernels refuse it to users other than root; then a warning says so.
+socket(7) asks no privilege. Some kernels refuse it to users other than root; then a warning says so. gloo's socket gets
+one, too, while a group forms (`forming.py`).
 
 What it does not stop: somebody who sends from a worker's address, as another user of its machine does, or who can make
 the network believe so.
@@ -66,11 +67,14 @@ class Gate:
         gate.admit(["10.0.0.1", "10.0.0.2"])
 
     Connections that came in before the gate was closed are ended.
+
+    Args:
+        warns: Whether to say so once, if this system has no such gates.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, warns: bool = True) -> None:
         self._places: dict[str, int] = {}
-        self._has_warned = False
+        self._has_warned = not warns
 
     @classmethod
     @contextlib.contextmanager
@@ -93,7 +97,7 @@ class Gate:
         return [one.getsockname()[1] for one in opened(self._places)]
 
     def admit(self, senders: Iterable[str]) -> None:
-        """Let in packets from these addresses, and no others. Says so once if this system cannot do that."""
+        """Let in packets from these addresses, and no others."""
         code = _program(senders)
         program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
         for one in opened(self._places):

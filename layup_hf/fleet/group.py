@@ -12,10 +12,12 @@ from datetime import timedelta
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed import PrefixStore, ProcessGroup, Store
+from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
+from .forming import Forming
 from .sockets import opened, sockets
+from .store import JobStore
 from .talk import Talk
 
 _FORMING = timedelta(seconds=60)
@@ -45,19 +47,18 @@ class Group:
     """
 
     def __init__(
-        self, store: Store, era: int, rank: int, world_size: int, timeout: timedelta, *, token: bytes, run: bytes
+        self, store: JobStore, era: int, rank: int, world_size: int, timeout: timedelta, *, token: bytes, run: bytes
     ) -> None:
-        self._store = store  # torch's own reference does not keep what is written in Python
+        self._store = forming = Forming(store, era, rank, world_size)  # torch's own reference does not keep it
         backend = PartialState().backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         before = sockets(listening=False)
-        torch.distributed.init_process_group(
-            backend, store=PrefixStore(f"group/{era}", store), rank=rank, world_size=world_size, timeout=_FORMING
-        )
+        torch.distributed.init_process_group(backend, store=forming, rank=rank, world_size=world_size, timeout=_FORMING)
         group = speaking_group(timeout)
         self.talk = Talk(token, run + era.to_bytes(8, "big"), group)
         self.talk.prove()  # connections are made by now
+        forming.formed()
         c10d._set_pg_timeout(timeout)
         if group is not None:
             c10d._set_pg_timeout(timeout, group)

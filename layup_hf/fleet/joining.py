@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch.distributed import Store
+
+logger = logging.getLogger(__name__)
+
+_MOST_DIGITS = 18  # of a member's name, which is a number
 
 
 def ask_to_join(store: Store, member: str) -> None:
@@ -17,7 +23,8 @@ def answer(store: Store, member: str, era: int) -> None:
 
 def answer_to(store: Store, member: str) -> int | None:
     """The number of the era that a worker has been taken into; None while there is no answer."""
-    return int(store.get(f"admitted/{member}")) if store.check([f"admitted/{member}"]) else None
+    number = store.get(f"admitted/{member}") if store.check([f"admitted/{member}"]) else b""
+    return int(number) if _is_number(number) else None
 
 
 class Requests:
@@ -25,16 +32,29 @@ class Requests:
 
     def __init__(self) -> None:
         self._read = 0
+        self._has_warned = False
 
     def new(self, store: Store) -> list[str]:
-        """Who has asked since the last call and waits."""
+        """Who has asked since the last call and waits. Asks of what is no request, or of nobody, are passed over."""
         members = []
         while self._read < store.add("requests", 0):
             key = f"request/{self._read + 1}"
             if not store.check([key]):
                 break  # it is just being written
             self._read += 1
-            member = store.get(key).decode()
-            if not store.check([f"admitted/{member}"]):
+            name = store.get(key)
+            member = name.decode() if _is_number(name) else ""
+            if not store.check([f"state/{member}", f"beat/{member}"]):
+                self._warn()
+            elif not store.check([f"admitted/{member}"]):
                 members.append(member)
         return members
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("LayUp: what asks to join this job is no worker, and is not listened to.")
+
+
+def _is_number(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= _MOST_DIGITS

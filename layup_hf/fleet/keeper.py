@@ -31,14 +31,23 @@ _LINGER_SECONDS = 5.0
 
 _READ_BYTES = 1 << 16
 
+_MOST_COUNT = (1 << 63) - 1
+_DIGITS = 20  # more than such a number has, with its sign
+
 
 class Values:
-    """Keys and values in memory, with the operations of c10d's stores. All in bytes; a counter is a decimal number."""
+    """Keys and values in memory, with the operations of c10d's stores. All in bytes; a counter is a decimal number.
+
+    Who counts is never stopped by what somebody else has written: a counter stays a number, and stays one of 64 bits.
+    """
 
     def __init__(self) -> None:
         self._values: dict[bytes, bytes] = {}
+        self._counters: set[bytes] = set()
 
     def set(self, key: bytes, value: bytes) -> Sequence[bytes]:
+        if key in self._counters:
+            value = _decimal(int(value))  # who wants to write anything else is refused
         self._values[key] = value
         return ()
 
@@ -49,14 +58,19 @@ class Values:
         return [self._values[key] for key in keys]
 
     def add(self, key: bytes, amount: bytes) -> Sequence[bytes]:
-        value = str(int(self._values.get(key, b"0")) + int(amount)).encode()
+        if key not in self._counters:
+            self._counters.add(key)
+            if not self._values.get(key, b"").removeprefix(b"-").isdigit():
+                self._values[key] = b"0"
+        value = _decimal(int(self._values.get(key, b"0")[:_DIGITS]) + int(amount[:_DIGITS]))
         self._values[key] = value
         return (value,)
 
     def compare_set(self, key: bytes, expected: bytes, desired: bytes) -> Sequence[bytes]:
         value = self._values.get(key)
         if value == expected or (value is None and not expected):
-            self._values[key] = value = desired
+            self.set(key, desired)
+            value = desired
         return (expected if value is None else value,)
 
     def check(self, *keys: bytes) -> Sequence[bytes]:
@@ -72,6 +86,11 @@ class Values:
         """By the names that clients give."""
         known = (self.set, self.get, self.add, self.compare_set, self.check, self.delete, self.count)
         return {operation.__name__.encode(): operation for operation in known}
+
+
+def _decimal(number: int) -> bytes:
+    """A counter's value, which goes no further than c10d's."""
+    return str(max(-_MOST_COUNT, min(number, _MOST_COUNT))).encode()
 
 
 class Client:

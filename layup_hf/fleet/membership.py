@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed import Store
 
@@ -51,6 +51,15 @@ class Era(NamedTuple):
     number: int
     roster: tuple[str, ...]
     joined: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, read: Any) -> Era:
+        """Of what was read; anything but an era is a `TypeError` or `ValueError`."""
+        number, roster, joined = read
+        lists = type(roster) is list and type(joined) is list
+        if type(number) is not int or not lists or not all(type(name) is str for name in (*roster, *joined)):
+            raise TypeError("This is no era.")
+        return cls(number, tuple(roster), tuple(joined))
 
 
 class Membership:
@@ -155,7 +164,7 @@ class Membership:
         number = present.number + 1
         store.set(f"broken/{present.number}", "")
         store.set(f"come/{number}/{self.member}", "")
-        while not store.check([f"roster/{number}"]):
+        while (era := self._read_era(number)) is None:
             self.check()
             alive = self._alive(present.roster)
             if self.member not in alive:
@@ -164,8 +173,8 @@ class Membership:
                 joined = self._alive(list(self.applicants)) if admits else []
                 text = json.dumps(Era(number, (*alive, *joined), tuple(joined)))
                 store.compare_set(f"roster/{number}", "", text)
+                continue
             time.sleep(_POLL)
-        era = self._read_era(number)
         if self.member not in era.roster:
             raise Fenced
         for member in era.joined:
@@ -182,24 +191,28 @@ class Membership:
             self._register()
         store, member = self._store, self.member
         ask_to_join(store, member)
-        while (number := answer_to(store, member)) is None:
+        while (number := answer_to(store, member)) is None or (era := self._read_era(number)) is None:
             self.check()
             if not self._alive([member]):
                 return self.apply()  # it was frozen meanwhile
             if store.add(WORKERS, 0) <= 1:
                 raise ConnectionError("The job has ended before this worker could join it.")
             time.sleep(_POLL)
-        return self._read_era(number)
+        return era
 
     def _alive(self, members: Sequence[str]) -> list[str]:
-        if not members:
-            return []
-        states = self._store.multi_get([f"state/{member}" for member in members])
-        return [member for member, state in zip(members, states, strict=True) if state.decode() == _ALIVE]
+        states = _values(self._store, [f"state/{member}" for member in members])
+        return [member for member, state in zip(members, states, strict=True) if _text(state) == _ALIVE]
 
-    def _read_era(self, number: int) -> Era:
-        _, roster, joined = json.loads(self._store.get(f"roster/{number}"))
-        return Era(number, tuple(roster), tuple(joined))
+    def _read_era(self, number: int) -> Era | None:
+        """What has been agreed on, if anything has: what is no era is removed."""
+        key = f"roster/{number}"
+        if not self._store.check([key]):
+            return None
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            return Era.of(json.loads(self._store.get(key)))
+        self._store.delete_key(key)
+        return None
 
     # ---- The others ----
 
@@ -224,7 +237,8 @@ class Membership:
 
     def reason_of(self, rank: int) -> str:
         """Why a member is gone."""
-        state = self._store.get(f"state/{self.present_era.roster[rank]}").decode()
+        (value,) = _values(self._store, [f"state/{self.present_era.roster[rank]}"])
+        state = _text(value)
         if state.startswith(_FENCED):
             return f"has given no sign of life for {self.lease_seconds:g} s"
         return state
@@ -239,7 +253,7 @@ class Membership:
         self._stop.set()
         self._thread.join(self.lease_seconds)
         try:
-            if self._store.compare_set(f"state/{self.member}", _ALIVE, reason).decode() == reason:
+            if _text(self._store.compare_set(f"state/{self.member}", _ALIVE, reason)) == reason:
                 self._is_counted = True
         except RuntimeError as error:
             logger.info(f"The store of the job has gone before this worker: {error}")
@@ -273,8 +287,8 @@ class Membership:
         self.applicants = [*self.applicants, *self._requests.new(store)]
         roster = era.roster if era is not None else (member,)
         watched = (*roster, *(other for other in self.applicants if other not in roster))
-        values = store.multi_get([f"{key}/{other}" for key in ("beat", "state") for other in watched])
-        beats, states = values[: len(watched)], [state.decode() for state in values[len(watched) :]]
+        values = _values(store, [f"{key}/{other}" for key in ("beat", "state") for other in watched])
+        beats, states = values[: len(watched)], [_text(state) for state in values[len(watched) :]]
         is_broken = era is not None and store.check([f"broken/{era.number}"])
         with self._lock:
             if (member, era) != (self.member, self.era):
@@ -306,9 +320,20 @@ class Membership:
         if now() - seen[1] <= self.lease_seconds:
             return False
         mine = f"{_FENCED} by {self.member}"
-        if self._control.compare_set(f"state/{other}", _ALIVE, mine).decode() == mine:
+        if _text(self._control.compare_set(f"state/{other}", _ALIVE, mine)) == mine:
             self._control.add(WORKERS, -1)
         return True
+
+
+def _values(store: Store, keys: Sequence[str]) -> list[bytes]:
+    """What the store has for these keys, nothing where it has none: a key that is missing is not waited for."""
+    if not keys or store.check(list(keys)):
+        return list(store.multi_get(list(keys))) if keys else []
+    return [store.get(key) if store.check([key]) else b"" for key in keys]
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
 
 
 def now() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections import Counter
@@ -122,10 +123,12 @@ class Cursor:
     def given_up_by_peers(self, epoch: int) -> Iterator[Draw]:
         """What peers have given up until now, the last first: its owner begins with the first."""
         for number in range(1, self._store.add(f"gave_up/{epoch}", 0) + 1):
-            name = self._store.get(f"gave_up/{epoch}/{number}").decode()
+            name = self._read(f"gave_up/{epoch}/{number}").decode(errors="replace")
             if name != self.name:
-                for numbers in reversed(json.loads(self._store.get(f"not_begun/{epoch}/{name}"))):
-                    yield Draw(*numbers)
+                yield from reversed(_draws_in(self._read(f"not_begun/{epoch}/{name}")))
+
+    def _read(self, key: str) -> bytes:
+        return self._store.get(key) if self._store.check([key]) else b""
 
     def require_same(self, name: str, value: str) -> bool:
         """Whether every worker that has asked about `name` gave the same `value`."""
@@ -143,6 +146,15 @@ class Cursor:
         drawn = {epoch: self._begins.get(epoch, 0) + self._store.add(f"drawn/{epoch}", 0) for epoch in known}
         left = [self._left[epoch][self._store.add(f"left/{epoch}", 0) :] for epoch in known if epoch in self._left]
         return {"drawn": drawn, "not_begun": sorted(itertools.chain(not_begun, *left))}
+
+
+def _draws_in(text: bytes) -> list[Draw]:
+    """What a worker has given up; none where somebody has written something else."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        draws = [Draw(*numbers) for numbers in json.loads(text)]
+        if all(type(number) is int for draw in draws for number in draw):
+            return draws
+    return []
 
 
 def _require_few(parts: int) -> None:

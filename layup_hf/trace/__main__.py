@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("Usage: python -m layup_hf.trace FILE, the file that the option `trace` names.")
     try:
         parts = join(arguments[0])
-    except FileNotFoundError as error:
+    except OSError as error:
         sys.exit(str(error))
     print(f"{arguments[0]} has what was in {', '.join(part.name for part in parts)}.")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..blocks.snapshot import Snapshots
+from ..disk import why_not_written
 from .folders import UNFINISHED, publish, rotate
 from .hollow import HollowFile
 
@@ -160,8 +161,8 @@ class BackgroundCheckpoint:
         text = f"{type(error).__name__}: {error}".removesuffix(".")
         self.failure = CheckpointFailed(
             f"Rank {self._rank} could not write {self.name} in the background: {text}. It is not complete, and "
-            f"will not be; the other checkpoints in {self.folder} are. Make room there, or mend what is wrong, and go "
-            "on from the last of them (`resume_from_checkpoint=True`)."
+            f"will not be; the other checkpoints in {self.folder} are. {_what_to_do(error, self.folder)}; then go on "
+            "from the last of them (`resume_from_checkpoint=True`)."
         )
         self.failure.__cause__ = error
         logger.error(str(self.failure))
@@ -209,7 +210,8 @@ class BackgroundCheckpoint:
             if self._limit > 0:
                 rotate(self.folder, self._limit, self.best)
         except OSError as error:  # as in the Trainer: what cannot be removed stays
-            logger.warning(f"Old checkpoints in {self.folder} could not be removed: {error}")
+            why = why_not_written(error, self.folder)
+            logger.warning(f"Old checkpoints in {self.folder} could not be removed: {error} ({why}).")
 
     def wait_for_own(self) -> None:
         """Until this worker has written its part, or failed."""
@@ -236,6 +238,11 @@ class BackgroundCheckpoint:
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
+
+
+def _what_to_do(error: Exception, folder: Path) -> str:
+    why = why_not_written(error, folder) or "mend what is wrong"
+    return why[0].upper() + why[1:]
 
 
 def _sign_of(parts: Path) -> tuple[tuple[str, int, int], ...]:

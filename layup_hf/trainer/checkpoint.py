@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 from transformers.utils import logging
 
 from ..blocks.snapshot import Snapshot, owners_of
+from ..disk import why_not_written
 from ..windows.opening import together
 from .background import BackgroundCheckpoint, parts_of
 from .blockwise import BlockwiseModel
@@ -114,12 +115,13 @@ class Checkpoints:
     def _write(self, output_dir: str, name: str, stock: Callable[[], None]) -> None:
         """All of it now. Collective."""
         args, state, folder = self._host.args, self._host.state, Path(output_dir)
-        with self._writing_aside(folder):
-            stock()
-        self._shared.require(folder / UNFINISHED / name)
-        state.best_model_checkpoint = self._note_best(output_dir, name)
-        if args.should_save:
-            publish(folder, name)
+        with _told_why(folder):
+            with self._writing_aside(folder):
+                stock()
+            self._shared.require(folder / UNFINISHED / name)
+            state.best_model_checkpoint = self._note_best(output_dir, name)
+            if args.should_save:
+                publish(folder, name)
         push, self._push = self._push, None  # it refers to the trainer, which is not to be kept alive
         if push is not None:
             self._hub.push_checkpoint(str(folder / name), push)
@@ -145,9 +147,8 @@ class Checkpoints:
         self._aside, self._push = str(folder / UNFINISHED), None
         try:
             yield
-        except Exception as error:
+        except Exception:
             self._push = None
-            error.add_note(f"The checkpoint is not complete; those in {folder} are. Is the disk full?")
             raise
         finally:
             self._aside = None
@@ -215,7 +216,7 @@ class Checkpoints:
         snapshots.present = snapshot = Snapshot(owners_of(host.model, self._model.blocks, self._model.optimizer.state))
         deferral = Deferral(aside / name, parts_of(aside, host.rank, name), snapshot)
         try:
-            with self._writing_aside(folder), deferral.deferring():
+            with _told_why(folder), self._writing_aside(folder), deferral.deferring():
                 stock()
             if host.rank in self._shared.require(aside / name) and not host.args.should_save:
                 deferral.files.clear()
@@ -315,3 +316,16 @@ class Checkpoints:
             folder, best = Path(self._host.output_dir(trial)), Path(best_of_all).resolve()
             others = [place for place in sort_checkpoints(str(folder)) if Path(place).resolve() != best]
             remove(folder, others if best.is_dir() else [])
+
+
+@contextlib.contextmanager
+def _told_why(folder: Path) -> Iterator[None]:
+    """Where writing a checkpoint fails, say what that means, and if it is the disk's fault what helps."""
+    try:
+        yield
+    except Exception as error:
+        why = why_not_written(error, folder)
+        error.add_note(
+            f"The checkpoint is not complete; those in {folder} are." + (f" {why[0].upper() + why[1:]}." if why else "")
+        )
+        raise

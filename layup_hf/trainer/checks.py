@@ -17,6 +17,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..disk import errno_of_writing, remedy
 from ..fleet.started import launches
 from ..optim.adam import is_plain_adam
 from ..windows.straggler import StragglerConfig
@@ -133,7 +134,11 @@ def _check_trace(file: str | None) -> None:
         raise ValueError(f"trace={file!r} is a folder. Name a file in it, such as {str(place / 'trace.json')!r}.")
     above = next((folder for folder in place.absolute().parents if folder.exists()), place)
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"trace={file!r}: nothing can be written in {str(above)!r}. Name a file in another folder.")
+        why = remedy(errno_of_writing(above))
+        reason = f", as {why}" if why else ""
+        raise ValueError(
+            f"trace={file!r}: nothing can be written in {str(above)!r}{reason}. Name a file in another folder."
+        )
 
 
 def _check_bias_options(args: Any) -> None:

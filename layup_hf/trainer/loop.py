@@ -26,13 +26,14 @@ from .eras import Eras
 from .exchange import Exchange
 from .following import ClockFollower
 from .host import Host
+from .loaders import seed_of_data
 from .meetings import Meetings
 from .members import Members
 from .report import show_shares
 from .state import RunState
 from .tracing import Tracing
 from .wishes import Wishes
-from .work import WorkSharing, seed_of_data
+from .work import WorkSharing
 
 logger = logging.getLogger(__name__)
 

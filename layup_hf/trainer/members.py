@@ -23,7 +23,7 @@ from ..fleet.membership import Era, Membership
 from ..fleet.network import Network
 from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
 from ..fleet.started import launches
-from ..fleet.store import Job, launcher_store, start_keeper
+from ..fleet.store import Job, JobStore, launcher_store, start_keeper
 from ..fleet.talk import Talk
 from ..progress.ahead import Ahead
 from ..windows import opening
@@ -54,7 +54,7 @@ class Members:
 
     token: bytes
     job_name: bytes
-    store: Store
+    store: JobStore
 
     def __init__(self, host: Host, state: RunState) -> None:
         self._host, self._state = host, state

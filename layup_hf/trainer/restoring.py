@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..windows.opening import together
 from .collectives import Collectives
 from .compat import on_plain_cpu
+from .fitting import fitting_optimizer, require_model
 from .folders import clear
 from .host import Host
 from .reading import readable
@@ -69,21 +70,23 @@ class Restoring:
         """As the Trainer's `_load_optimizer_and_scheduler`, with this worker's own optimizer state. Collective.
 
         Raises:
-            ValueError: A file cannot be read, or has numbers that are not finite.
+            ValueError: A file cannot be read, has numbers that are not finite, or is of another optimizer or model.
             RuntimeError: So it is for another worker; with its rank.
         """
         if checkpoint is None:
             return
-        resumed = self._state.resumed
+        resumed, optimizer = self._state.resumed, self._host.optimizer
         file = resumed.optimizer_file(self._host.rank) if resumed is not None else None
 
         def load() -> None:
             with readable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME, *([file.name] if file is not None else [])]):
-                with on_plain_cpu(self._host.args):
+                with fitting_optimizer(Path(checkpoint, OPTIMIZER_NAME), optimizer), on_plain_cpu(self._host.args):
                     stock()
                 if file is not None:
-                    self._host.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-            _require_finite(self._host.optimizer, file or Path(checkpoint, OPTIMIZER_NAME))
+                    states = torch.load(file, map_location="cpu", weights_only=True)
+                    with fitting_optimizer(file, optimizer):
+                        optimizer.load_state_dict(states)
+            _require_finite(optimizer, file or Path(checkpoint, OPTIMIZER_NAME))
 
         together(load, self._collectives.gather, "read its checkpoint")
 
@@ -91,12 +94,13 @@ class Restoring:
         """As the Trainer's `_load_from_checkpoint`. Collective.
 
         Raises:
-            ValueError: A file cannot be read.
+            ValueError: A file cannot be read, or is of another model.
             RuntimeError: So it is for another worker; with its rank.
         """
 
         def load() -> None:
             with readable(checkpoint, _OF_MODEL):
+                require_model(Path(checkpoint), self._host.model)
                 stock()
 
         together(load, self._collectives.gather, "read its checkpoint")

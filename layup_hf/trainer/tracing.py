@@ -6,11 +6,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from ..disk import why_not_written
 from ..fleet.talk import Talk
 from ..trace import file as files
 from ..trace.clocks import Reading, clock_domain, now
@@ -173,7 +175,8 @@ class Tracing:
         try:
             count = write(file)
         except OSError as error:
-            logger.warning(f"LayUp: the trace could not be written to {file}: {error}")
+            why = why_not_written(error, Path(file).parent)
+            logger.warning(f"LayUp: the trace could not be written to {file}: {error} ({why}).")
         else:
             logger.info(f"The trace has {count} events: {file}, or beside it what rank {self._host.rank} has alone.")
 

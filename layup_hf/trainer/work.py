@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
 from torch.distributed import Store
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -24,6 +21,7 @@ from ..progress.cursor import Cursor, Draw, position_of_shards, within
 from ..progress.sharing import SharedLoader, SharedStream
 from .checks import check_sharing
 from .host import Host
+from .loaders import make_shard, make_shared, nothing_kept
 from .members import Members
 from .resumed import POSITION, Resumed
 from .state import RunState
@@ -32,22 +30,6 @@ from .streams import NotedStream, require_same_seeds
 logger = logging.get_logger(__name__)
 
 travels(Draw)
-
-_LOADER_OPTIONS = (
-    "collate_fn",
-    "in_order",
-    "multiprocessing_context",
-    "num_workers",
-    "persistent_workers",
-    "pin_memory",
-    "prefetch_factor",
-    "worker_init_fn",
-)
-
-
-def seed_of_data(args: TrainingArguments) -> int:
-    """Of the orders of epochs."""
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 class WorkSharing:
@@ -87,7 +69,7 @@ class WorkSharing:
 
     def evaluation_loader(self, stock: Callable[[], Any]) -> Any:
         """As the Trainer makes it."""
-        with _nothing_kept(self._host.accelerator):
+        with nothing_kept(self._host.accelerator):
             return stock()
 
     def training_loader(self, stock: Callable[[], Any]) -> Any:
@@ -96,52 +78,13 @@ class WorkSharing:
         Args:
             stock: The Trainer's own way to make it.
         """
-        host, args = self._host, self._host.args
         if not self.goes_by_clock:
             return stock()
-        check_sharing(args)
+        check_sharing(self._host.args)
         if not self.shares_batches:
-            with _nothing_dispatched(host.accelerator):
-                return self._noting(stock())
-        with _nothing_prepared(host.accelerator):
-            loader = stock()
-        is_stream = isinstance(loader.dataset, IterableDataset)
-        # A subclass makes its batches itself; or repeats prompts for all workers together while it reads them.
-        if loader.batch_size is None or (is_stream and host.generates):
-            with _nothing_dispatched(host.accelerator):
-                return host.accelerator.prepare(loader)
-        accumulation, seed = args.gradient_accumulation_steps, seed_of_data(args)
-        if is_stream:
-            return SharedStream(loader, accumulation, seed, host.rank, self._members.workers)
-        if host.generates and not hasattr(loader.sampler, "mini_repeat_count"):
-            raise ValueError(
-                f"A sampler {type(loader.sampler).__name__} and `shared_batches=True` exclude each other in "
-                f"{host.name}: how often it repeats prompts is not known. Return TRL's `RepeatSampler`, or set "
-                "`shared_batches=False`."
-            )
-
-        def make_loader(batches: Sampler[list[int]]) -> DataLoader:
-            options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
-            return DataLoader(loader.dataset, batch_sampler=batches, **options)
-
-        return SharedLoader(
-            make_loader,
-            loader.sampler,
-            batch_size=loader.batch_size,
-            accumulation=accumulation,
-            drop_last=loader.drop_last,
-            seed=seed,
-            rank=host.rank,
-            world_size=self._members.workers,
-        )
-
-    def _noting(self, loader: Any) -> Any:
-        """A loader of this worker's shard, which notes what the stream begins with if it is one."""
-        shard = getattr(loader, "dataset", None)
-        self._stream = None
-        if isinstance(shard, IterableDatasetShard):  # each worker takes its part of what it reads
-            shard.dataset = self._stream = NotedStream(shard.dataset)
-        return loader
+            loader, self._stream = make_shard(self._host.accelerator, stock)
+            return loader
+        return make_shared(self._host, self._members.workers, stock)
 
     # ---- How long training takes ----
 
@@ -335,38 +278,3 @@ class WorkSharing:
             not_begun = list(itertools.chain.from_iterable(draws for _, draws in places))
             position = {"epoch": first, **cursor.position(range(first, last + 1), not_begun)}
         self._host.saved_states[POSITION] = {"workers": self._host.world_size, **position}
-
-
-@contextlib.contextmanager
-def _nothing_prepared(accelerator: Accelerator) -> Iterator[None]:
-    """Let `accelerator.prepare` give back what it gets: the Trainer's own loader without accelerate's shards."""
-    accelerator.prepare = lambda loader: loader
-    try:
-        yield
-    finally:
-        del accelerator.prepare
-
-
-@contextlib.contextmanager
-def _nothing_kept(accelerator: Accelerator) -> Iterator[None]:
-    """Let `accelerator` forget the loaders that it prepares: each evaluation has a new one, and it would keep them all.
-
-    They are small, but each lies behind the large buffers of its evaluation, which the heap then cannot fill again: a
-    worker grew by 0.2 MiB with each evaluation (`recipes/measure/hosts`: soak).
-    """
-    known = len(accelerator._dataloaders)
-    try:
-        yield
-    finally:
-        del accelerator._dataloaders[known:]
-
-
-@contextlib.contextmanager
-def _nothing_dispatched(accelerator: Accelerator) -> Iterator[None]:
-    """Let every worker read an iterable data set itself; by default rank 0 would, and all would wait for it."""
-    config = accelerator.dataloader_config
-    before, config.dispatch_batches = config.dispatch_batches, False
-    try:
-        yield
-    finally:
-        config.dispatch_batches = before

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..device import Mark, queues_of
-from ..fleet import gate
 from ..fleet.data import travels
 from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
@@ -128,8 +127,7 @@ class NixlWindows:
 
         transport, layout = together(prepare, gather)
         try:
-            sends_from = gate.addresses(os.environ.get("UCX_NET_DEVICES"))
-            card = Card(rank, transport.address(), sends_from, specification(blocks), wire_dtype)
+            card = Card(rank, transport.address(), transport.sends_from, specification(blocks), wire_dtype)
             cards: list[Card] = gather(replace(card, signature=sign(token, *card.parts(job))))
 
             def admit() -> None:
@@ -137,7 +135,6 @@ class NixlWindows:
                 require_one_model([other.specification for other in cards])
                 if len({other.wire_dtype for other in cards}) > 1:
                     raise ValueError(f"Workers have different `wire_dtype`s: {[c.wire_dtype for c in cards]}.")
-                # this worker, too: UCX connects to itself
                 transport.admit(address for card in cards for address in card.sends_from)
 
             def connect() -> tuple[Courier, Staging]:

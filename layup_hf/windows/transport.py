@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fleet.gate import Gate
+from ..fleet.gate import Gate, addresses
 from .layout import Pieces
 
 
@@ -26,6 +26,7 @@ class Transport:
 
     Attributes:
         name: The same.
+        sends_from: Addresses that this machine may send from. It lets in nobody else until others are admitted.
 
     Raises:
         ValueError: NIXL is not installed.
@@ -45,13 +46,15 @@ class Transport:
             ) from error
         with Gate.around() as self._gate:
             self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))  # its thread spins a core
+        self.sends_from = addresses(os.environ.get("UCX_NET_DEVICES"))
+        self.admit([])
         self._kind = "VRAM" if device.type == "cuda" else "DRAM"
         self.device_number = (device.index or 0) if device.type == "cuda" else 0
         self._registrations: dict[int, Any] = {}
 
-    def admit(self, addresses: Iterable[str]) -> None:
-        """Let in who sends from these addresses, and nobody else; before that, nobody is let in."""
-        self._gate.admit(addresses)
+    def admit(self, senders: Iterable[str]) -> None:
+        """Let in who sends from these addresses, and this machine, as UCX connects to itself; nobody else."""
+        self._gate.admit({*self.sends_from, *senders})
 
     @property
     def ports(self) -> list[int]:

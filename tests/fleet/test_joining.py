@@ -34,6 +34,21 @@ def test_who_asks_to_join_is_in_the_next_era(job):
     assert not any(member.applicants or member.gone for member in (*members, newcomer.membership))
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "99", "9" * 400, b"\xff\xfe\x00"])
+def test_what_is_no_request_of_a_worker_holds_up_nobody(job, value, caplog):
+    """Without a given secret anybody may leave one."""
+    members = job.begin(2)
+    for _ in range(3):
+        members[0]._store.set(f"request/{members[0]._store.add('requests', 1)}", value)
+    newcomer = job.add()
+    outcome = apply(newcomer)
+    name = newcomer.membership.member
+    wait_until(lambda: all(member.applicants == [name] for member in members), "the request is read")
+    assert [era.joined for era in assemble(members)] == [(name,)] * 2
+    assert wait_until(lambda: outcome, "it is admitted")
+    assert 2 <= caplog.text.count("what asks to join this job is no worker") <= 3  # each says so once, the new one, too
+
+
 def test_an_era_need_not_admit_anybody(job):
     (member,) = job.begin(1)
     newcomer = job.add()

@@ -152,6 +152,30 @@ def test_whoever_is_first_of_those_left_leads(job):
 # ---- Leaving ----
 
 
+@pytest.mark.parametrize("value", ["x", "[" * 100_000, "[2, [3], []]", '[2, "1", []]', "{}", b"\xff\xfe\x00"])
+def test_what_is_no_era_is_not_begun(job, value):
+    """Without a given secret anybody may write into the store."""
+    members = job.begin(2)
+    members[0]._store.set("roster/2", value)
+    assert assemble(members) == [Era(2, tuple(member.member for member in members))] * 2
+
+
+@pytest.mark.parametrize("harm", ["no text", "missing", "no beat"])
+def test_a_state_that_somebody_has_spoilt_ends_no_thread(job, harm):
+    members = job.begin(3)
+    store, victim = members[0]._store, members[1].member
+    if harm == "no text":
+        store.set(f"state/{victim}", b"\xff\xfe\x00")
+    else:
+        store.delete_key(f"{'state' if harm == 'missing' else 'beat'}/{victim}")
+    time.sleep(2 * LEASE)
+    assert all(member.is_current() for member in (members[0], members[2]))
+    for member in members:
+        member.check()
+    if harm != "no beat":  # which is made anew
+        assert members[0].gone == {1}
+
+
 def test_who_has_ended_breaks_nothing(job):
     members = job.begin(3)
     members[2].leave(ENDED)

@@ -93,7 +93,9 @@ def operate(store):
     yield [store.get("a"), store.get("b"), store.multi_get(["b", "a"])]
     yield [store.check(["a", "b"]), store.check(["a", "c"])]
     yield [store.add("n", 5), store.add("n", -7), store.get("n"), store.add("a", 1), store.get("a")]
-    yield [store.compare_set("n", "-2", "x"), store.compare_set("n", "y", "z"), store.get("n")]
+    yield [store.compare_set("n", "-2", "7"), store.compare_set("n", "y", "z"), store.get("n")]
+    store.set("n", "12")
+    yield [store.add("n", 1), store.delete_key("n"), store.check(["n"]), store.add("n", 2)]
     yield [store.compare_set("new", "", "first"), store.compare_set("new", "", "second")]
     yield [store.compare_set("none", "some", "other"), store.check(["none"])]
     yield [store.delete_key("a"), store.delete_key("a"), store.check(["a"])]
@@ -101,6 +103,28 @@ def operate(store):
 
 def test_it_does_what_the_stores_of_torch_do(keeper):
     assert list(operate(keeper.connect())) == list(operate(HashStore()))
+
+
+@pytest.mark.parametrize("value", ["x", "", "1e3", "-", "9" * 400, "9" * 5000, b"\xff\xfe", "[" * 100_000])
+def test_who_counts_is_not_stopped_by_what_others_write(keeper, value):
+    """Without a given secret anybody may be among those others."""
+    worker = keeper.connect()
+    keeper.connect().set("early", value)  # before anybody has counted
+    assert worker.add("early", 1) in (1, (1 << 63) - 1)  # as far as a counter goes
+    worker.add("clock", 5)
+    with suppress(DistNetworkError):  # who writes what is no number loses its connection
+        keeper.connect().set("clock", value)
+    with suppress(DistNetworkError):
+        keeper.connect().compare_set("clock", "5", value)
+    assert worker.add("clock", 1) in (6, (1 << 63) - 1)
+
+
+def test_a_counter_goes_no_further_than_64_bits(keeper):
+    store = keeper.connect()
+    for _ in range(4):
+        store.add("up", 1 << 62)
+        store.add("down", -(1 << 62))
+    assert (store.add("up", 0), store.add("down", 0)) == ((1 << 63) - 1, -(1 << 63) + 1)
 
 
 def test_a_prefix_of_torch_may_be_put_before(keeper):

@@ -1,5 +1,9 @@
-"""Forms a group, whose last worker is stopped, ends a collective that waits for it, and forms one of those left."""
+"""Forms a group, whose last worker is stopped, ends a collective that waits for it, and forms one of those left.
 
+One of these comes late, and strangers are where it is waited for.
+"""
+
+import json
 import os
 import signal
 import sys
@@ -57,6 +61,11 @@ except RuntimeError as error:
     result["aborted"] = {"seconds": time.monotonic() - began, "error": str(error), "is_of_group": is_of_group(error)}
 group.abort()  # once more
 result["store_answers"] = store.add("answers", 1) > 0  # its connection is none of the group's
+if rank == 0:
+    store.set("forms", str(os.getpid()))
+else:  # it comes late: others are there before it
+    store.set("sends_from/2/1", json.dumps(["127.0.0.1"]))
+    store.wait(["strangers have tried"], timedelta(seconds=60))
 form(2, workers - 1)
 torch.distributed.barrier()
 write_result(rank, result)

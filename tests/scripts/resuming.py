@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from stock import arguments, gpt2, text
 from worker import leave, write_result
 
@@ -44,6 +45,33 @@ def poison(file):
     torch.save(states, file)
 
 
+def of_another_model(place):
+    """The optimizer's state of a model with the same parameters, one of them longer."""
+    states = torch.load(place / "optimizer_1.pt", weights_only=True)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        states["state"][3][moment] = torch.zeros(states["state"][3][moment].numel() + 8)
+    torch.save(states, place / "optimizer_1.pt")
+
+
+def of_another_optimizer(place):
+    states = torch.optim.SGD(gpt2().parameters(), lr=0.1, momentum=0.9).state_dict()
+    states["param_groups"] *= 2  # as many as AdamW has here, of other sizes
+    torch.save(states, place / "optimizer_1.pt")
+
+
+def wider(place):
+    weights = load_file(place / "model.safetensors")
+    weights["transformer.wte.weight"] = torch.zeros(7, 5)
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def swapped(place):
+    for first, second in (("optimizer.pt", "optimizer_1.pt"), ("rng_state_0.pth", "rng_state_1.pth")):
+        (place / first).rename(place / "aside")
+        (place / second).rename(place / first)
+        (place / "aside").rename(place / second)
+
+
 arguments(FOLDER)  # makes the process group
 state = PartialState()
 rank = state.process_index
@@ -55,6 +83,11 @@ cases = {
     "optimizer of rank 0": [broken("first", lambda place: truncate(place / "optimizer.pt"))] * 2,
     "model on one machine": [whole, broken("model", lambda place: truncate(place / "model.safetensors"))],
     "state on one machine": [whole, broken("state", lambda place: truncate(place / "trainer_state.json"))],
+    "own optimizer is of another model": [broken("longer", of_another_model)] * 2,
+    "own optimizer is another": [broken("sgd", of_another_optimizer)] * 2,
+    "model is another": [broken("wider", wider)] * 2,
+    "model is another on one machine": [whole, broken("wide", wider)],
+    "each other's": [broken("swapped", swapped)] * 2,
     "missing on one machine": [whole, FOLDER / "nowhere" / "checkpoint-2"],
     "another step on one machine": [whole, later],
     "none on one machine": [whole, None],

@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-SECONDS = 1.5  # of each attack
+REFUSED = "DistNetworkError: The store of the job does not answer: It has closed the connection."
+SECONDS = 1.0  # of each attack
 MODEL = ["--methods", "layup", "--batch_size=2", "--block_size=32", "--blocks=400"]
 MODEL += ["--config_overrides=n_layer=2,n_embd=32,n_head=2"]
 
@@ -42,5 +43,15 @@ def test_training_goes_on_as_if_nobody_had_attacked_it(place):
     stopped = {name for name, note in done.items() if "WrongSecret" in note.get("stopped by", "")}
     assert stopped == needs_the_store, done
     assert done["garbage"]["connections"] > 0
+    assert done["taken_places"]["looks"] > 0
     writing = done["forged_transfer"]  # to the launcher's store and to gloo, too, which are nothing to write to
     assert writing["ports written to"] > writing["clients that failed"], done
+
+
+def test_an_open_job_says_so_once_and_passes_over_what_is_malformed(place):
+    """Without LAYUP_TOKEN whoever reaches the store is a worker; still nothing ends the run by being no data."""
+    outcome = attacked(
+        place, MODEL, "malformed_clock+nested_request", steps=600, seconds=SECONDS, bound=30, has_secret=False
+    )
+    assert outcome.problems == [], outcome
+    assert [note.get("stopped by", "") for note in outcome.notes] == [REFUSED, ""]

@@ -38,6 +38,9 @@ SENTENCES = {
     "They cannot stop it by half-open connections, random bytes, or bytes that come slowly.": (
         "security/test_attacks.py::test_training_goes_on_as_if_nobody_had_attacked_it"
     ),
+    "They cannot take a member's place when a group forms: gloo's port is open to members' machines alone.": (
+        "fleet/test_group.py::test_strangers_who_are_there_before_a_member_do_not_take_its_place"
+    ),
     "They can keep workers from starting: the launcher's store is torch's, and open to all.": (
         "recipes/measure/hosts/test_outsider.py::test_torchs_store_is_open_to_all"
     ),
@@ -50,11 +53,26 @@ SENTENCES = {
     "The store of the job tells everybody its secret: who reaches it is a worker.": (
         "recipes/measure/hosts/test_outsider.py::test_without_a_token_the_store_of_a_job_tells_its_secret"
     ),
+    "They cannot end a run by what is no number where workers count.": (
+        "fleet/test_store.py::test_who_counts_is_not_stopped_by_what_others_write"
+    ),
+    "They cannot end it by a request to join that is none.": (
+        "fleet/test_joining.py::test_what_is_no_request_of_a_worker_holds_up_nobody"
+    ),
+    "They cannot end it by a list of members that is none.": (
+        "fleet/test_membership.py::test_what_is_no_era_is_not_begun"
+    ),
+    "The log says once, with several launches, that the job is open.": (
+        "security/test_attacks.py::test_an_open_job_says_so_once_and_passes_over_what_is_malformed"
+    ),
     "Code that is planted in a file is not run, and the file is named.": (
         "trainer/test_checkpoint_input.py::test_planted_code_is_not_run_and_its_file_is_named"
     ),
     "A file that is damaged is named, by all workers.": (
         "trainer/test_checkpoint_input.py::test_what_one_worker_cannot_read_is_named_by_both"
+    ),
+    "A file of another model, or of another optimizer, is named, by all workers.": (
+        "trainer/test_checkpoint_input.py::test_what_one_worker_has_of_another_model_is_named_by_both"
     ),
     "A step, a position or a number of workers that cannot be is refused at once.": (
         "trainer/test_checkpoint_input.py::test_a_position_that_cannot_be_is_told_at_once"

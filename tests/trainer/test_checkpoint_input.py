@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run
+from safetensors.torch import load_file, save_file
 from stock import arguments, gpt2, text
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from layup_hf import LayupTrainer
 from layup_hf.trainer.resumed import MOST_WORKERS, Resumed
 
+WEIGHT = "transformer.wte.weight"
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
@@ -115,6 +117,83 @@ def test_moments_that_are_not_finite_are_told(checkpoint, value):
     torch.save(states, checkpoint / "optimizer.pt")
     with pytest.raises(ValueError, match=r"optimizer\.pt has numbers that are not finite.*'exp_avg_sq' of parameter 3"):
         resume(checkpoint)
+    (checkpoint / "optimizer.pt").unlink()  # as the message says
+    assert resume(checkpoint) == 2
+
+
+# ---- Files of another run ----
+
+
+def change_weights(checkpoint, change):
+    file = checkpoint / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights: {**weights, WEIGHT: weights[WEIGHT][:-1].clone()}, f"'{WEIGHT}' has the shape"),
+        (lambda weights: {**weights, WEIGHT: weights[WEIGHT].reshape(-1)}, f"'{WEIGHT}' has the shape"),
+        (
+            lambda weights: {**weights, WEIGHT: weights[WEIGHT].to(torch.int8)},
+            "of whole numbers there (I8), and of tor",
+        ),
+        (lambda weights: {f"other.{name}": weight for name, weight in weights.items()}, "none of this model's weights"),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_their_file(checkpoint, change, said):
+    change_weights(checkpoint, change)
+    with pytest.raises(ValueError, match="Resume from a checkpoint of this model") as error:
+        resume(checkpoint)
+    assert str(error.value).startswith(f"{checkpoint / 'model.safetensors'} is of another model than this run's: ")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_in_another_precision_are_gone_on_from(checkpoint, dtype):
+    change_weights(checkpoint, lambda weights: {name: weight.to(dtype) for name, weight in weights.items()})
+    assert resume(checkpoint) == 2
+
+
+def of_another_optimizer(states):
+    return torch.optim.SGD(gpt2().parameters(), lr=0.1, momentum=0.9).state_dict()
+
+
+def of_fewer_parameters(states):
+    groups = [{**group, "params": group["params"][:-1]} for group in states["param_groups"]]
+    return {**states, "param_groups": groups}
+
+
+def of_longer_parameters(states):
+    states["state"][3]["exp_avg"] = torch.zeros(states["state"][3]["exp_avg"].numel() + 8)
+    return states
+
+
+def of_other_settings(states):
+    """As SGD's, with as many parameters."""
+    for group in states["param_groups"]:
+        del group["betas"]
+    return states
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (of_another_optimizer, "loaded state dict"),
+        (of_fewer_parameters, "loaded state dict"),
+        (of_longer_parameters, "'exp_avg' of parameter 3 has the shape"),
+        (of_other_settings, "nothing is said there of 'betas'"),
+        (lambda states: {}, "'param_groups'"),
+    ],
+)
+def test_an_optimizers_state_of_another_model_is_refused_with_its_file(checkpoint, change, said):
+    states = change(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    torch.save(states, checkpoint / "optimizer.pt")
+    with pytest.raises(
+        ValueError, match=r"optimizer\.pt is of another optimizer than this run's, or of another"
+    ) as error:
+        resume(checkpoint)
+    assert said in str(error.value)
     (checkpoint / "optimizer.pt").unlink()  # as the message says
     assert resume(checkpoint) == 2
 
@@ -239,6 +318,35 @@ def test_what_one_worker_cannot_read_is_named_by_both(tried):
         assert file in first[case]["message"]
     assert "optimizer.pt" in first["optimizer of rank 0"]["message"]
     assert "optimizer.pt" in second["optimizer of rank 0"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("case", "file"),
+    [
+        (
+            "own optimizer is of another model",
+            "optimizer_1.pt is of another optimizer than this run's, or of another mod",
+        ),
+        ("own optimizer is another", "optimizer_1.pt is of another optimizer than this run's, or of another model's"),
+        ("model is another on one machine", "model.safetensors is of another model than this run's"),
+    ],
+)
+def test_what_one_worker_has_of_another_model_is_named_by_both(tried, case, file):
+    first, second = (worker[case] for worker in tried)
+    assert (first["error"], second["error"]) == ("RuntimeError", "ValueError")
+    assert first["message"] == f"Worker 1 could not read its checkpoint: ValueError: {second['message']}"
+    assert file in second["message"]
+
+
+def test_a_checkpoint_of_another_model_is_told_alike_by_all(tried):
+    messages = {worker["model is another"]["message"] for worker in tried}
+    assert len(messages) == 1
+    assert "has the shape (7, 5) there" in messages.pop()
+
+
+def test_states_of_another_rank_are_as_good(tried):
+    """Nothing in the files says whose they are; each worker goes on with the other's moments and random numbers."""
+    assert [worker["each other's"] for worker in tried] == [{"step": 4}] * 2
 
 
 def test_a_random_state_that_one_worker_cannot_read_is_named_by_both(tried):

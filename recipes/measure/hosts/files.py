@@ -8,6 +8,9 @@ from recipes.parts.curve import write_results
 
 Results = list[dict[str, Any]]
 
+UNPACED = "unpaced"
+"""Once it is in a run's folder, steps take no longer than they must, whatever `--pace` says."""
+
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of JSON in a file that may be missing, or may end in the middle of a line."""

@@ -111,10 +111,17 @@ class StopAfter(TrainerCallback):
 
 
 class Pace(TrainerCallback):
-    """Lets each own step take so many seconds longer: a run then lasts as long on any machine."""
+    """Lets each own step take so many seconds longer: a run then lasts as long on any machine.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Args:
+        seconds: How many.
+        until: Once this file is there, no more.
+    """
+
+    def __init__(self, seconds: float, until: Path) -> None:
+        self.seconds, self._until = seconds, until
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.seconds and self._until.exists():
+            self.seconds = 0.0
         time.sleep(self.seconds)

@@ -112,8 +112,11 @@ class Target:
         return found
 
     def stores(self) -> list[Store]:
-        """A connection to each store of torch's that answers, without any prefix."""
-        return [store for place in self.ports if (store := connect(*place)) is not None]
+        """A connection to each store that answers, without any prefix: torch's, and the job's if it takes this one."""
+        found: list[Store] = [store for place in self.ports if (store := connect(*place)) is not None]
+        with contextlib.suppress(LookupError, ValueError, OSError):
+            found.append(self.job_store())
+        return found
 
     def job_store(self) -> Store:
         """The store of the job, found through the launcher's, as a worker without the secret reaches it.
@@ -129,6 +132,10 @@ class Target:
         except Exception as error:
             raise LookupError(f"The launcher's store does not lead to the job's: {error}") from error
         return JobStore(job["host"], job["port"])
+
+    def again(self, store: Store) -> Store:
+        """The same store, after it has refused something: the job's closes the connection then."""
+        return self.job_store() if isinstance(store, JobStore) else store
 
 
 def open_ports(host: str, ports: Iterable[int] = range(1024, 65536)) -> list[int]:
@@ -234,9 +241,11 @@ def malformed(target: Target) -> None:
         keys = keys_of(store)
         target.draw.shuffle(keys)
         for key, _ in zip(keys, target.until_over(0.002), strict=False):
-            with contextlib.suppress(RuntimeError):
+            try:
                 store.set(key, target.draw.choice(VALUES))  # type: ignore[arg-type]
                 target.count("values written")
+            except RuntimeError:
+                store = target.again(store)
 
 
 def malformed_clock(target: Target) -> None:
@@ -265,8 +274,10 @@ def deleted_keys(target: Target) -> None:
     for store in target.stores():
         keys = keys_of(store)
         for key, _ in zip(keys, target.until_over(), strict=False):
-            with contextlib.suppress(RuntimeError):
+            try:
                 target.count("keys deleted", int(store.delete_key(key)))
+            except RuntimeError:
+                store = target.again(store)
 
 
 def counted_down(target: Target) -> None:
@@ -369,7 +380,6 @@ def forged_transfer(target: Target) -> None:
             code = 1
             with contextlib.suppress(Exception):
                 transport = Transport(f"stranger-{place[1]}", torch.device("cpu"))
-                transport.admit([os.environ["LAB_ADDRESS"]])  # UCX connects to itself
                 is_written = write_to(transport, *place, 4096)  # where no process has memory
                 for _ in range(1000):
                     transport.receive()
@@ -441,6 +451,41 @@ def drip(target: Target) -> None:
                 target.count("bytes")
 
 
+def taken_places(target: Target) -> None:
+    """Where a group of gloo forms, be there before its members: gloo knows them by small numbers that anybody can say.
+
+    Ports that were there before are passed over: these are of stores, UCX and groups that have formed.
+    """
+    known, held = {place for host in target.hosts for place in newest(host)}, []
+    for _ in target.until_over(0.05):
+        now = {place for host in target.hosts for place in newest(host)}
+        target.count("looks")
+        for place in now - known:
+            held += take_places(place, target.draw)
+            target.count("ports that came up")
+        known |= now
+    target.count("places taken", len(held))
+
+
+def newest(host: str) -> list[tuple[str, int]]:
+    """Where a host listens that has let the system choose a port."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    return [(host, port) for port in open_ports(host, range(first, last + 1))]
+
+
+def take_places(
+    place: tuple[str, int], draw: random.Random, numbers: int = 16, sender: str = ""
+) -> list[socket.socket]:
+    """Connections that gloo takes for its members', one for each number; half of them then say what makes no sense."""
+    held = []
+    for number in range(numbers):
+        with contextlib.suppress(OSError):
+            one = socket.create_connection(place, timeout=0.5, source_address=(sender, 0))
+            held.append(one)
+            one.sendall(struct.pack("<q", number) + (draw.randbytes(200) if draw.random() < 0.5 else b""))
+    return held
+
+
 # ---- All at once, at random ----
 
 
@@ -496,9 +541,13 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
     for attack in (
         *(reading, forged_membership, forged_end, malformed_clock, moved_clock, nested_request),
         *(malformed_state, counted_down, forged_worker, forged_requests, replayed_requests),
-        *(guessed_secret, forged_transfer, half_open, garbage, drip, malformed, deleted_keys, fuzz),
+        *(guessed_secret, forged_transfer, half_open, garbage, drip, taken_places, malformed, deleted_keys, fuzz),
     )
 }
+
+
+SLOW = ("forged_transfer",)
+"""Attacks that take long, however short they are to be."""
 
 
 def main() -> None:

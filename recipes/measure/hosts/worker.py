@@ -30,7 +30,7 @@ from ..common.lab import bits_per_second
 from ..common.meters import PeakMemory, Stopwatch
 from ..common.text import load_blocks
 from ..common.trainers import METHODS
-from .files import read_lines
+from .files import UNPACED, read_lines
 from .meters import LinkMeter, Notes, Pace, Samples, StopAfter
 from .scale import GPT2_BYTES_PER_SECOND
 
@@ -236,7 +236,7 @@ def train(bench: Bench) -> None:
     meter = Stopwatch(bench.state.device)
     args = bench.args()
     more: list[TrainerCallback] = [StopAfter(60 * options.minutes)] if options.minutes else []
-    more += [Pace(options.pace)] if options.pace else []
+    more += [Pace(options.pace, options.folder / UNPACED)] if options.pace else []
     with PeakMemory(bench.state.device, options.memory) as memory:
         trainer = bench.trainer(options.methods[0], args, [notes, meter, *more])
         trainer.train()
