@@ -148,14 +148,14 @@ def test_options_that_are_set_are_options(document):
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if not name.startswith("recipes/")])
 def test_options_of_commands_are_options(document):
-    """Of the configuration, the recipes, the doctor or `accelerate launch`; what measures has options of its own."""
+    """Of the configuration, the recipes, the doctor or `accelerate launch`; what measures has options of its own, and so has pip."""
     of_launcher = {option.lstrip("-") for option in launch_command_parser()._option_string_actions}
     recipes = "".join(text_of(path) for folder in ("", "parts") for path in (ROOT / "recipes" / folder).glob("*.py"))
     of_recipes = set(re.findall(r"^    (\w+): ", recipes, re.MULTILINE))
     of_doctor = set(re.findall(r'add_argument\("--(\w+)"', text_of(ROOT / "layup_hf/doctor/main.py")))
     known = OPTIONS | of_launcher | of_recipes | of_doctor
     for line in text_of(ROOT / document).splitlines():
-        if not re.search(r"recipes\.measure|pytest|ruff|docker|container", line):
+        if not re.search(r"recipes\.measure|pytest|ruff|docker|container|pip install", line):
             for option in re.findall(r"(?<![\w-])--([a-z]\w+)", line):
                 assert option in known, option
 

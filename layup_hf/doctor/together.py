@@ -17,7 +17,7 @@ import torch
 from torch.distributed import Store
 
 from ..fleet.data import travels
-from ..fleet.network import Network
+from ..fleet.network import GPUDIRECT_VARIABLE, Network, reaches_gpus
 from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
 from ..fleet.started import launches
 from ..windows import opening
@@ -153,6 +153,9 @@ def check_nixl(cards: Sequence[Card], device: torch.device) -> list[Finding]:
     if ways or interface:
         given = [f"{name}={value}" for name, value in (("UCX_TLS", ways), ("UCX_NET_DEVICES", interface)) if value]
         uses += f" ({', '.join(given)})"
+    if device.type == "cuda":
+        way = "from GPU to GPU" if reaches_gpus() else f"through the host's memory, without {GPUDIRECT_VARIABLE}=1"
+        uses += f", {way}"
     need = "" if is_needed else "; not needed here"
     return [Finding("nixl", f"{cards[0].versions.get('nixl', 'installed')}, would use {uses}{need}")]
 

@@ -11,7 +11,10 @@ import psutil
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-_SYS = Path("/sys/class")
+GPUDIRECT_VARIABLE = "LAYUP_GPUDIRECT"
+"""Whether the network reaches the memory of GPUs, where it cannot be seen."""
+
+_SYS, _MODULES = Path("/sys/class"), Path("/sys/module")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,28 @@ class Network:
             devices = _names_in(_SYS / "infiniband")
         ports = [(device, port) for device in devices for port in _names_in(_SYS / "infiniband" / device / "ports")]
         return [f"{device}:{port}" for device, port in ports if _is_up(device, port)]
+
+
+def reaches_gpus() -> bool:
+    """Whether the network's devices read and write the memory of GPUs by themselves: UCX may use one with RDMA, and
+    NVIDIA's module for that is loaded. What has no such module may still be able to (dmabuf), which cannot be seen from
+    here: `LAYUP_GPUDIRECT` says it, 1 or 0.
+
+    Raises:
+        ValueError: It says something else.
+    """
+    said = os.environ.get(GPUDIRECT_VARIABLE, "")
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{GPUDIRECT_VARIABLE}={said!r}: it is 1, 0, or not set.")
+    if said:
+        return said == "1"
+    named = os.environ.get("UCX_NET_DEVICES", "all").split(",")
+    devices = [device for device in _names_in(_SYS / "infiniband") if _may_use(device, named)]
+    return bool(devices) and any((_MODULES / name).exists() for name in ("nvidia_peermem", "nv_peer_mem"))
+
+
+def _may_use(device: str, named: list[str]) -> bool:
+    return "all" in named or any(name.split(":")[0] == device for name in named)
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -167,10 +167,13 @@ class Courier:
                 self._contacts.let_go(peer)
             if not peer.is_connected:
                 self._contacts.mind_lost(peer, now)
+        for slot in self._staging.brought():
+            self._take_in(slot, is_written=True)
         if self._pace.may_start:
             self._ask()
         self._report(now)
-        return moved, under_way or any(peer.write is not None for peer in self._peers.values())
+        under_way |= self._staging.is_bringing or any(peer.write is not None for peer in self._peers.values())
+        return moved, under_way
 
     def _send(self, peer: Peer, content: wire.Content) -> None:
         self._transport.send(peer.name, self._postmark.encode(content, peer))
@@ -284,10 +287,17 @@ class Courier:
         peer.request = peer.aside = None
         if self._trace is not None:  # one at a time from each peer
             self._trace.track(f"from rank {peer.rank}").add(ON_ITS_WAY, slot.asked_at, slot.block)
-        self._bytes += self._receiving.num_bytes(slot) if is_written else 0
-        is_current = slot.settled == self._ledger.settled and not slot.is_doubtful
-        if is_current and self._receiving.accept(slot, is_written):
-            self._staging.ready[peer.rank, slot.block] = slot
+        if is_written:
+            self._bytes += self._receiving.num_bytes(slot)
+            self._staging.bring(slot)
+        else:
+            self._take_in(slot, is_written=False)
+
+    def _take_in(self, slot: Slot, is_written: bool) -> None:
+        """Make a block of what has come, if it can still be used."""
+        is_current = slot.settled == self._ledger.settled and not self._peers[slot.peer].is_excluded
+        if is_current and not slot.is_doubtful and self._receiving.accept(slot, is_written):
+            self._staging.ready[slot.peer, slot.block] = slot
         else:
             self._staging.give_back(slot)
 

@@ -68,8 +68,11 @@ class Layout:
         blocks: The model's blocks, on one device.
         wire_dtype: "fp32": every tensor as it is; "bf16": tensors in fp32 as bf16; "int8" and "int4": they can be coded
             with so many bits, too, in a room behind the one for the block as it is.
+        on_host: Buffers lie in the host's memory, wherever the blocks are.
 
     Attributes:
+        on_host: The same.
+        is_pinned: Whether they are pinned there, for copies that a GPU makes by itself.
         bits: Of a number that is coded; 0: none is.
         converts: Whether some tensor lies there in another dtype than it has.
         num_bytes: Of each block, without what alignment adds.
@@ -81,7 +84,8 @@ class Layout:
         device: Where the blocks are.
     """
 
-    def __init__(self, blocks: Sequence[Block], wire_dtype: str = "fp32") -> None:
+    def __init__(self, blocks: Sequence[Block], wire_dtype: str = "fp32", *, on_host: bool = False) -> None:
+        self.on_host = on_host
         self._blocks = list(blocks)  # not their tensors: they would keep the memory that blocks move out of
         self._places: list[list[_Place]] = []
         self._coded: list[list[_CodedPlace | None]] = []
@@ -110,15 +114,42 @@ class Layout:
         ]
         self.coded_size = _aligned(max([0, *self._coded_ends]))
         self.device = device or torch.device("cpu")
+        self.is_pinned = on_host and self.device.type == "cuda"
+
+    @property
+    def goes_live(self) -> bool:
+        """Whether blocks that are not coded are sent from where they lie."""
+        return not (self.converts or self.on_host)
+
+    @property
+    def room(self) -> int:
+        """Where the room for what is coded begins in a buffer to send from: like the one that is written to, or alone
+        where all else is sent from where it lies."""
+        return self.size if self.on_host else 0
 
     def new_buffer(self) -> Tensor:
         """Bytes for any one block, as it is and coded."""
-        return torch.empty(self.size + self.coded_size, dtype=torch.uint8, device=self.device)
+        return self._bytes(self.size + self.coded_size)
 
     def new_sending_buffer(self) -> Tensor | None:
         """Bytes for what of any one block is not sent from where it lies."""
+        if self.on_host:
+            return self.new_buffer()
         size = self.size if self.converts else self.coded_size
-        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
+        return self._bytes(size) if size else None
+
+    def new_mirror(self) -> Tensor:
+        """Bytes like those of a buffer in the host's memory, where the blocks are."""
+        return torch.empty(self.size + self.coded_size, dtype=torch.uint8, device=self.device)
+
+    def _bytes(self, size: int) -> Tensor:
+        if not self.on_host:
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.is_pinned)
+
+    def spans(self, block: int, is_coded: bool) -> Pieces:
+        """Where in a buffer something lies of a block that has come: begin and number of bytes."""
+        return self.coded_pieces(0, block) if is_coded else [(0, self.ends[block])]
 
     def live(self, block: int) -> list[Tensor]:
         """The block itself."""

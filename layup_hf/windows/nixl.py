@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..blocks import Block
-from ..device import Mark, queues_of
+from ..device import Mark, Queues, queues_of
 from ..fleet.data import travels
+from ..fleet.network import reaches_gpus
 from ..fleet.secret import TOKEN_VARIABLE, is_signed, sign
 from ..ledger import Ledger
 from ..trace.events import Trace
@@ -68,16 +70,20 @@ class NixlWindows:
     Memory, beside the model: two slots of the size of the largest block; with `wire_dtype="bf16"` they are half as
     large, and there is a third one; with "int8" three buffers of a quarter of it more, with "int4" of an eighth.
 
+    Where the blocks are on GPUs that the network does not reach by itself (Ethernet), the slots and one more buffer are
+    pinned memory of the host, and two of the same size on the GPU. UCX would else copy each 8 KB of a GPU's memory by a
+    call that waits for it.
+
     Make it with `NixlWindows.open`.
     """
 
     kind = "nixl"
 
-    def __init__(self, ledger: Ledger, layout: Layout, staging: Staging, courier: Courier) -> None:
+    def __init__(self, ledger: Ledger, staging: Staging, courier: Courier, queues: Queues) -> None:
         self.ledger = ledger
         self.staging = staging
         self.courier = courier
-        self._queues = queues_of(layout.device)
+        self._queues = queues
         courier.start()
 
     @classmethod
@@ -93,6 +99,8 @@ class NixlWindows:
         job: bytes,
         wire_dtype: str = "fp32",
         trace: Trace | None = None,
+        through_host: bool | None = None,
+        queues: Queues | None = None,
     ) -> NixlWindows:
         """Introduce this worker to all others and connect to `peers`. Collective: every worker returns, or every
         worker raises.
@@ -108,20 +116,33 @@ class NixlWindows:
             wire_dtype: "fp32" sends blocks as they are, "bf16" sends tensors in fp32 as bf16, "int8" and "int4" with so
                 many bits for each number, by what the receiver knows of it: see `coding.py`.
             trace: Where it is recorded how long blocks are on their way.
+            through_host: Whether blocks go through the host's memory, if one worker says so; None: if they are on a
+                GPU that the network does not reach.
+            queues: Of the device that the blocks are on; for tests.
 
         Raises:
             ValueError: NIXL is not installed, or the workers have different secrets or models.
         """
         job = hashlib.blake2b(job, digest_size=16).digest()
 
+        device = next((tensor.device for block in blocks for tensor in block.tensors), torch.device("cpu"))
+
+        def needs_host() -> bool:
+            if through_host is None:
+                return device.type != "cpu" and not (device.type == "cuda" and reaches_gpus())
+            return through_host
+
+        on_host = any(gather(together(needs_host, gather)))
+        queues = queues or queues_of(device)
+
         def prepare() -> tuple[Transport, Layout]:
             for block in blocks:
                 for tensor in (*block.parameters, *block.buffers):
                     if not tensor.is_contiguous():
                         tensor.data = tensor.data.contiguous()
-            layout = Layout(blocks, wire_dtype)
-            transport = Transport(f"{job.hex()}/{rank}", layout.device)
-            if not layout.converts:
+            layout = Layout(blocks, wire_dtype, on_host=on_host)
+            transport = Transport(f"{job.hex()}/{rank}", torch.device("cpu") if on_host else device)
+            if layout.goes_live:
                 transport.register([tensor for block in blocks for tensor in block.tensors])
             return transport, layout
 
@@ -139,7 +160,7 @@ class NixlWindows:
 
             def connect() -> tuple[Courier, Staging]:
                 known = [Peer(peer, transport.connect(cards[peer].address), cards[peer].address) for peer in peers]
-                staging, serving = Staging(layout, transport), Serving(layout, transport)
+                staging, serving = Staging(layout, transport, queues), Serving(layout, transport, queues)
                 pace = Pace(None if layout.device.type == "cuda" else BUDGET)
                 postmark = Postmark(token, job, rank, len(cards), len(blocks))
                 courier = Courier(transport, ledger, known, staging, Receiving(layout), serving, pace, postmark, trace)
@@ -151,8 +172,12 @@ class NixlWindows:
             transport.close()
             raise
         ways = os.environ.get("UCX_NET_DEVICES") or "any network device"
-        logger.info(f"Blocks go to {len(peers)} worker(s) on other hosts over {ways}, whichever UCX finds fastest.")
-        return cls(ledger, layout, staging, courier)
+        where = "memory of the host" if on_host or device.type == "cpu" else "the GPU's memory"
+        logger.info(
+            f"Blocks go to {len(peers)} worker(s) on other hosts over {ways}, whichever UCX finds fastest, from and to "
+            f"{where}."
+        )
+        return cls(ledger, staging, courier, queues)
 
     def read(self, peer: int, block: int) -> list[Tensor] | None:
         """The peer's block, as it was when the peer sent it; None if it has not come."""

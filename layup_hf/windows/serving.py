@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import Mark, Queues
 from .coders import make_coder
 from .coding import factors
 from .layout import Layout, Pieces
@@ -22,23 +23,26 @@ from .wire import Answer, Request
 class Serving:
     """Answers one request of each peer at a time.
 
-    A block that goes as it is goes from where it lies, live. One that is converted or coded goes through a buffer with
-    room for the largest, for one peer after the other. A peer that falls silent keeps the buffer that it is being
-    written from, and another stands in for it.
+    A block that goes as it is goes from where it lies, live. One that is converted or coded, or lies where the network
+    does not reach, goes through a buffer with room for the largest, for one peer after the other. A peer that falls
+    silent keeps the buffer that it is being written from, and another stands in for it.
 
     Args:
         layout: How blocks lie in the peers' slots.
         transport: Writes.
+        queues: Of the blocks' device. What is copied there or from there, is so beside the computation.
     """
 
-    def __init__(self, layout: Layout, transport: Transport) -> None:
-        self.layout, self._transport = layout, transport
+    def __init__(self, layout: Layout, transport: Transport, queues: Queues) -> None:
+        self.layout, self._transport, self._queues = layout, transport, queues
         self._coder = make_coder(layout.device, secrets.randbits(60)) if layout.bits else None
         self._buffer = layout.new_sending_buffer()
         if self._buffer is not None:
             transport.register([self._buffer])
+        self._mirror = layout.new_mirror()[layout.size :] if layout.on_host and layout.bits else None
         self._holder: Peer | None = None  # who is being written to from the buffer, or is about to be
-        self._converted: torch.cuda.Event | None = None
+        self._content: Request | None = None  # what it was filled for
+        self._filled: Mark | None = None
 
     def advance(self, peer: Peer, now: float) -> Answer | None:
         """Begin, go on with, or finish what the peer has asked for; gives the answer when it has been written, or when
@@ -76,19 +80,24 @@ class Serving:
             _MisfitError: It cannot be coded as is wanted.
         """
         layout = self.layout
-        if self._buffer is None or not (layout.converts or wanted.steps):
+        if self._buffer is None or (layout.goes_live and not wanted.steps):
             return layout.live_pieces(wanted.block)
         if self._holder not in (None, peer) and not self._leave_behind(self._holder, now):
             return None
-        if wanted.steps:
-            if self._holder is None:
-                self._code(peer, wanted, self._buffer)
-            return layout.coded_source(self._buffer.data_ptr(), wanted.block)
-        if self._holder is None:
-            self._convert(peer, wanted.block, self._buffer)
-        if self._converted is not None and not self._converted.query():
+        if self._holder is None or self._content is not wanted:  # it may have asked for another one meanwhile
+            self._holder, self._content, self._filled = peer, wanted, None
+            if wanted.steps:
+                self._code(wanted, self._buffer)
+            else:
+                self._copy(wanted.block, self._buffer)
+        if self._filled is not None and not self._filled.is_done():
             return None
-        return layout.pieces(self._buffer.data_ptr(), wanted.block)
+        address = self._buffer.data_ptr()
+        if not wanted.steps:
+            return layout.pieces(address, wanted.block)
+        if layout.on_host:
+            return layout.coded_pieces(address, wanted.block)
+        return layout.coded_source(address, wanted.block)
 
     def _begin(self, peer: Peer, wanted: Request, source: Pieces) -> Any:
         if wanted.key not in peer.keys:
@@ -97,20 +106,26 @@ class Serving:
         pieces = self.layout.coded_pieces if wanted.steps else self.layout.pieces
         return self._transport.write(peer.name, source, pieces(wanted.address, wanted.block), wanted.device)
 
-    def _code(self, peer: Peer, wanted: Request, buffer: Tensor) -> None:
+    def _code(self, wanted: Request, buffer: Tensor) -> None:
         """Put the live block into the buffer, in as few bits as is wanted."""
         assert self._coder is not None
-        self._holder = peer
-        steps, begin = np.array(wanted.steps, dtype=np.float32), 0
+        steps, begin, rest = np.array(wanted.steps, dtype=np.float32), 0, []
         multipliers = factors(wanted.seed)
-        views = self.layout.coded_views(buffer, wanted.block)
-        for tensor, coded in zip(self.layout.live(wanted.block), views, strict=True):
-            if coded is not None:
-                plan, into = coded
-                own = np.ascontiguousarray(steps[begin : begin + plan.parts])
-                if not self._coder.encode(plan, tensor, own, multipliers, into):
-                    raise _MisfitError
-                begin += plan.parts
+        room = self._mirror if self._mirror is not None else buffer
+        for index, coded in enumerate(self.layout.coded_views(room, wanted.block)):
+            if coded is None:
+                rest.append(index)
+                continue
+            plan, into = coded
+            own = np.ascontiguousarray(steps[begin : begin + plan.parts])
+            # On a GPU this waits for what it does there.
+            if not self._coder.encode(plan, self.layout.live(wanted.block)[index], own, multipliers, into):
+                raise _MisfitError
+            begin += plan.parts
+        if self._mirror is not None:
+            begin, size = self.layout.spans(wanted.block, is_coded=True)[0]
+            live, views = self.layout.live(wanted.block), self.layout.views(buffer, wanted.block)
+            self._fill([(buffer[begin : begin + size], self._mirror[:size]), *((views[i], live[i]) for i in rest)])
 
     def _leave_behind(self, peer: Peer, now: float) -> bool:
         """Take another buffer than the one from which a peer is being written to, if that peer is silent."""
@@ -123,14 +138,20 @@ class Serving:
                 self._transport.register([self._buffer])
         return True
 
-    def _convert(self, peer: Peer, block: int, buffer: Tensor) -> None:
+    def _copy(self, block: int, buffer: Tensor) -> None:
         """Put the live block into the buffer, as it is to be on its way."""
-        self._holder = peer
-        with torch.no_grad():
-            torch._foreach_copy_(self.layout.views(buffer, block), self.layout.live(block))
-        if buffer.is_cuda:
-            self._converted = torch.cuda.Event()
-            self._converted.record()
+        self._fill(list(zip(self.layout.views(buffer, block), self.layout.live(block), strict=True)))
+
+    def _fill(self, copies: list[tuple[Tensor, Tensor]]) -> None:
+        """Begin to copy into the buffer.
+
+        Args:
+            copies: To where, and from where.
+        """
+        with torch.no_grad(), self._queues.copying():
+            for place, tensor in copies:
+                place.copy_(tensor, non_blocking=self.layout.is_pinned)
+        self._filled = self._queues.mark_copies()
 
     def leave(self, peer: Peer) -> None:
         """Let go of the buffer, so that others can be written to, as it may be long before this peer is again."""

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from layup_hf.blocks import split_into_blocks
+from layup_hf.device import HOST
 from layup_hf.gossip.merging import Merger
 from layup_hf.ledger.mixing import UNIT, merge_weight, share
 from layup_hf.windows.layout import Layout, Pieces
@@ -92,8 +93,8 @@ class Worker:
         self.layout = Layout(blocks, wire_dtype)
         self.tensors = [block.tensors for block in blocks]
         self.receiving, self.merger = Receiving(self.layout), Merger(rank)
-        self.serving: Any = Serving(self.layout, memory)  # type: ignore[arg-type]
-        self.slot = Slot(self.layout, memory)  # type: ignore[arg-type]
+        self.serving: Any = Serving(self.layout, memory, HOST)  # type: ignore[arg-type]
+        self.slot = Slot(self.layout, memory, HOST)  # type: ignore[arg-type]
         self.own = [UNIT] * len(blocks)
         self.offers: dict[tuple[int, int], int] = {}
         self.merged: dict[tuple[int, ...], float] = {}

@@ -57,6 +57,32 @@ def test_without_rdma_the_interface_is_all(monkeypatch, tmp_path):
     assert os.environ["UCX_NET_DEVICES"] == "eth1"
 
 
+@pytest.mark.parametrize(
+    ("module", "allowed", "said", "reached"),
+    [
+        ("nvidia_peermem", "mlx5_1:1,eth0", None, True),
+        ("nv_peer_mem", None, None, True),  # all may be used
+        ("nvidia_peermem", "eth0", None, False),
+        ("", "mlx5_1:1,eth0", None, False),
+        ("", "eth0", "1", True),
+        ("nvidia_peermem", "mlx5_1:1,eth0", "0", False),
+    ],
+)
+def test_what_reaches_the_memory_of_gpus(devices, monkeypatch, tmp_path, module, allowed, said, reached):
+    (tmp_path / "module" / module).mkdir(parents=True)
+    monkeypatch.setattr(network, "_MODULES", tmp_path / "module")
+    for name, value in (("UCX_NET_DEVICES", allowed), ("LAYUP_GPUDIRECT", said)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert network.reaches_gpus() == reached
+
+
+def test_what_is_said_of_the_memory_of_gpus_is_understood(monkeypatch):
+    monkeypatch.setenv("LAYUP_GPUDIRECT", "yes")
+    with pytest.raises(ValueError, match="LAYUP_GPUDIRECT='yes': it is 1, 0, or not set"):
+        network.reaches_gpus()
+
+
 def loopback():
     return next(
         name for name, found in psutil.net_if_addrs().items() if "127.0.0.1" in [address.address for address in found]

@@ -1,5 +1,6 @@
 """What windows of every kind do alike."""
 
+import functools
 import gc
 import threading
 
@@ -12,18 +13,22 @@ from torch import nn
 
 from layup_hf.blocks import split_into_blocks
 from layup_hf.ledger import effective_masses
+from layup_hf.windows import NixlWindows
 
 KINDS = {
     "shared": {"kind": "shared"},
     "nixl": {"kind": "nixl"},
     "bf16": {"kind": "nixl", "wire_dtype": "bf16"},
     "int8": {"kind": "nixl", "wire_dtype": "int8"},
+    "through the host": {"kind": "nixl"},
     "mixed": {"kind": "auto", "hosts": ["a", "b", "a", "c"]},
 }
 
 
 @pytest.fixture(params=list(KINDS))
-def kind(request):
+def kind(request, monkeypatch):
+    if request.param == "through the host":  # as with blocks on a GPU that the network does not reach
+        monkeypatch.setattr(NixlWindows, "open", functools.partial(NixlWindows.open, through_host=True))
     return request.param
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from queues import FakeQueues
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
+from layup_hf.device import HOST
 from layup_hf.ledger import REPORT, Ledger
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import wire
@@ -86,14 +88,14 @@ class Network:
 class Setup:
     """Worker 0 of `workers`, all of which are on other hosts, with the voices of the others."""
 
-    def __init__(self, workers=3, wire_dtype="fp32"):
-        blocks = split_into_blocks(nn.Sequential(*(nn.Linear(3, 3) for _ in range(BLOCKS))))
+    def __init__(self, workers=3, wire_dtype="fp32", queues=HOST, on_host=False):
+        self.blocks = blocks = split_into_blocks(nn.Sequential(*(nn.Linear(3, 3) for _ in range(BLOCKS))))
         peers = range(1, workers)
         self.network = Network()
         memory = np.zeros(Ledger.size(BLOCKS, workers), np.uint64)
         self.ledger = Ledger(memory, BLOCKS, workers, 0, peers)
-        layout = Layout(blocks, wire_dtype)
-        self.staging, self.serving = Staging(layout, self.network), Serving(layout, self.network)
+        layout = Layout(blocks, wire_dtype, on_host=on_host)
+        self.staging, self.serving = Staging(layout, self.network, queues), Serving(layout, self.network, queues)
         self.peers = {rank: Peer(rank, f"w{rank}", f"w{rank}") for rank in peers}
         postmark = Postmark(TOKEN, JOB, 0, workers, BLOCKS)
         peers = list(self.peers.values())
@@ -234,6 +236,89 @@ def test_a_buffer_that_an_excluded_peer_is_written_from_is_not_used_for_others(r
     first["done"] = second["done"] = True
     setup.courier._round()
     assert len(setup.network.registered) == registered - 1
+
+
+def staged(**options):
+    """Blocks on a device that the network does not reach; it copies when the test says so."""
+    queues = FakeQueues()
+    return Setup(queues=queues, on_host=True, **options), queues
+
+
+def come(setup, sender, block, value):
+    """The peer has written what it was asked for: every tensor of the block has this value."""
+    slot = setup.peers[sender].request
+    assert slot.block == block
+    for tensor in setup.serving.layout.views(slot.buffer, block):
+        tensor.fill_(value)
+    setup.answer(sender)
+
+
+def test_what_has_come_to_the_host_is_ready_when_the_device_has_it():
+    setup, queues = staged()
+    setup.offer(1, 2)
+    come(setup, 1, 2, 3.0)
+    assert not setup.staging.ready
+    assert setup.courier._round()[1]  # something is under way
+    assert len(setup.heard(1, wire.Request)) == 1  # and is not asked for again
+    queues.run_copies()
+    setup.courier._round()
+    slot = setup.staging.take_ready(1, 2)
+    assert all(bool((tensor == 3).all()) for tensor in slot.views[2])
+    setup.staging.release(1, 2)
+    assert not slot.is_idle  # before the device has merged it
+    queues.run_computing()
+    assert slot.is_idle
+
+
+@pytest.mark.parametrize("end", ["excluded", "settled"])
+def test_what_cannot_be_used_any_more_when_the_device_has_it_frees_its_slot(end):
+    setup, queues = staged()
+    setup.offer(1, 2)
+    come(setup, 1, 2, 3.0)
+    if end == "excluded":
+        setup.courier.exclude(1)
+    else:
+        setup.ledger.settle({rank: setup.ledger.account() for rank in range(3)})
+    setup.courier._round()
+    queues.run_copies()
+    setup.courier._round()
+    assert not setup.staging.ready
+    assert not setup.staging.is_bringing
+    assert len(setup.staging._free) == 2
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_block_goes_when_the_host_has_it(wire_dtype):
+    setup, queues = staged(wire_dtype=wire_dtype)
+    steps = (1.0, 1.0) if wire_dtype.startswith("int") else ()
+    setup.say(1, wire.Request(1, 2, 4096, 0, b"key", 7, steps))
+    assert not setup.network.writes
+    assert setup.network.registered >= {setup.serving._buffer.data_ptr()}
+    queues.run_copies()
+    setup.courier._round()
+    (write,) = setup.network.writes
+    begin, end = setup.serving._buffer.data_ptr(), setup.serving._buffer.data_ptr() + setup.serving._buffer.numel()
+    offsets = [address - begin for address, _ in write["source"]]
+    assert offsets == [address - 4096 for address, _ in write["target"]]
+    assert all(begin <= address <= address + size <= end for address, size in write["source"])
+    if not steps:
+        sent = setup.serving.layout.views(setup.serving._buffer, 2)
+        for there, here in zip(sent, setup.blocks[2].tensors, strict=True):
+            torch.testing.assert_close(there, here.to(there.dtype))
+
+
+def test_a_peer_that_asks_for_another_block_meanwhile_gets_that_one():
+    setup, queues = staged()
+    for number, block in ((1, 2), (2, 3)):
+        setup.say(1, wire.Request(number, block, 4096, 0, b"key"))
+    queues.run_copies()
+    setup.courier._round()
+    (write,) = setup.network.writes
+    write["done"] = True
+    setup.courier._round()
+    assert setup.heard(1, wire.Answer) == [wire.Answer(2, 3)]
+    sent = setup.serving.layout.views(setup.serving._buffer, 3)
+    assert all(torch.equal(there, here) for there, here in zip(sent, setup.blocks[3].tensors, strict=True))
 
 
 def test_the_slot_of_an_excluded_peer_is_put_aside():

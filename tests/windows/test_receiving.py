@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from layup_hf.blocks import split_into_blocks
+from layup_hf.device import HOST
 from layup_hf.ledger import Ledger, effective_masses
 from layup_hf.ledger.mixing import UNIT, merge_weight
 from layup_hf.windows import wire
@@ -72,21 +73,21 @@ class Memory:
 class Pair:
     """Two workers with models that are equal at first."""
 
-    def __init__(self, model, wire_dtype):
+    def __init__(self, model, wire_dtype, on_host=False):
         everybody = {}
         self.models = [model, copy.deepcopy(model)]
         self.blocks = [split_into_blocks(model) for model in self.models]
         self.count = len(self.blocks[0])
         self.transports = [Memory(f"w{rank}", everybody) for rank in (0, 1)]
-        self.layouts = [Layout(blocks, wire_dtype) for blocks in self.blocks]
+        self.layouts = [Layout(blocks, wire_dtype, on_host=on_host) for blocks in self.blocks]
         self.receiving = [Receiving(layout) for layout in self.layouts]
         self.ledgers, self.staging, self.couriers = [], [], []
         for rank, transport in enumerate(self.transports):
             layout, other = self.layouts[rank], 1 - rank
             memory = np.zeros(Ledger.size(self.count, 2), np.uint64)
             self.ledgers.append(Ledger(memory, self.count, 2, rank, [other]))
-            self.staging.append(Staging(layout, transport))
-            parts = (self.staging[-1], self.receiving[rank], Serving(layout, transport), Pace(None))
+            self.staging.append(Staging(layout, transport, HOST))
+            parts = (self.staging[-1], self.receiving[rank], Serving(layout, transport, HOST), Pace(None))
             peers = [Peer(other, f"w{other}", f"w{other}")]
             postmark = Postmark(TOKEN, JOB, rank, 2, self.count)
             self.couriers.append(Courier(transport, self.ledgers[-1], peers, *parts, postmark))
@@ -125,9 +126,9 @@ def model(width=96):
     return nn.Linear(width, width)
 
 
-@pytest.fixture(params=list(BITS))
+@pytest.fixture(params=[*BITS, *(f"{wire_dtype} through the host" for wire_dtype in BITS)])
 def pair(request):
-    return Pair(model(), request.param)
+    return Pair(model(), request.param.split()[0], on_host="host" in request.param)
 
 
 def largest_error(pair, seen):

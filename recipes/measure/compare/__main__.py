@@ -123,6 +123,9 @@ def main() -> None:
     parser.add_argument("--widen", type=int, help="so many rates more at most, beyond a best one at the grid's edge")
     parser.add_argument("--seeds", type=int, nargs="+", help="of model and data; the grid is for the first")
     parser.add_argument("--whole_grid", action="store_true", help="for all seeds; the best rate is then the mean's")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="a short run more of each, for its peak"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of every worker on average; a few more if evaluations need it")
     parser.add_argument("--evaluations", type=int)

@@ -35,7 +35,8 @@ def wanted(settings: dict[str, Any], methods: list[str], runs: list[Run]) -> lis
         grid_seeds = settings["seeds"] if settings.get("whole_grid") else [first]
         rates = grid(settings, runs, method)
         mine = [make_run(method, rate, seed) for rate in rates for seed in grid_seeds]
-        mine += [make_run(method, settings["learning_rates"][0], first, memory=True)]
+        if settings.get("memory", True):
+            mine += [make_run(method, settings["learning_rates"][0], first, memory=True)]
         best = best_rate(runs, method, first)
         if best is not None and all(run in done for run in mine):
             mine += [make_run(method, best, seed) for seed in others]
@@ -99,7 +100,7 @@ class Comparison:
             results = self.results()
             differing = [name for name in settings if results["settings"].get(name) != settings[name]]
             # Of the first there may be more than before; texts are known by their contents.
-            if set(differing) - {"learning_rates", "widen", "seeds", "whole_grid", "texts"}:
+            if set(differing) - {"learning_rates", "widen", "seeds", "whole_grid", "memory", "texts"}:
                 raise SystemExit(
                     f"{self.file} has results with other settings ({', '.join(differing)}). Choose another --folder, "
                     "or the settings with which it was begun."
@@ -114,7 +115,8 @@ class Comparison:
         rates, seeds = len(self.settings["learning_rates"]), len(self.settings["seeds"])
         form = "{l_bar}{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]"
         self._told = len(self.results()["runs"])
-        whole = 1 + (rates * seeds if self.settings.get("whole_grid") else rates + seeds - 1)  # with one for memory
+        whole = rates * seeds if self.settings.get("whole_grid") else rates + seeds - 1
+        whole += self.settings.get("memory", True)
         with tqdm(total=len(self.methods) * whole, bar_format=form) as bar:
             while runs := wanted(self.settings, self.methods, self.results()["runs"]):
                 bar.total = max(bar.total, self._made() + len(runs))
