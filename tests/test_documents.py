@@ -148,7 +148,7 @@ def test_options_that_are_set_are_options(document):
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if not name.startswith("recipes/")])
 def test_options_of_commands_are_options(document):
-    """Of the configuration, the recipes, the doctor or `accelerate launch`; what measures has options of its own, and so has pip."""
+    """Of the configuration, the recipes, the doctor or `accelerate launch`; what measures and pip have others."""
     of_launcher = {option.lstrip("-") for option in launch_command_parser()._option_string_actions}
     recipes = "".join(text_of(path) for folder in ("", "parts") for path in (ROOT / "recipes" / folder).glob("*.py"))
     of_recipes = set(re.findall(r"^    (\w+): ", recipes, re.MULTILINE))
