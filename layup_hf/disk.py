@@ -74,8 +74,8 @@ def remedy(number: int | None) -> str:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest one above it that exists."""
-    while not path.exists() and path != path.parent:
+    """The path, or the nearest one above it that exists, as far as this user can see."""
+    while not os.path.exists(path) and path != path.parent:  # `Path.exists` raises where it may not look
         path = path.parent
     return path
 

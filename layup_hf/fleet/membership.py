@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from torch.distributed import Store
 
 from .joining import Requests, answer, answer_to, ask_to_join
+from .leases import Leases, now
 from .store import WORKERS
 
 logger = logging.getLogger(__name__)
 
-_ALIVE, _FENCED, ENDED = "alive", "fenced", "has ended"
+_ALIVE, _FENCED, _AFTER, ENDED = "alive", "fenced", " after ", "has ended"
 _RENEWALS = 6  # of a lease before it runs out
 _POLL = 0.01  # seconds between two looks at who has come
 _SILENCE = 4  # leases that the store may take for an answer, at least _LEAST_SILENCE
@@ -76,6 +77,7 @@ class Membership:
         connect: Makes a connection to the store of the job.
         lease_seconds: How long a lease holds.
         on_broken: Called from the thread when the collectives of this era cannot end any more.
+        adapts: Whether leases hold longer for those that are late: see `Leases`.
 
     Attributes:
         member: This worker's name; a new one after it has been fenced.
@@ -86,8 +88,16 @@ class Membership:
         applicants: Workers that have asked to join, and wait.
     """
 
-    def __init__(self, connect: Callable[[], Store], lease_seconds: float, on_broken: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Store],
+        lease_seconds: float,
+        on_broken: Callable[[], None],
+        *,
+        adapts: bool = False,
+    ) -> None:
         self.lease_seconds = lease_seconds
+        self._leases = Leases(lease_seconds, adapts)
         self._store, self._control = connect(), connect()
         self._on_broken = on_broken
         self._lock = threading.Lock()
@@ -117,7 +127,7 @@ class Membership:
     def _forget(self) -> None:
         self.gone: set[int] = set()
         self.is_broken = self.is_fenced = self._cannot_end = self._has_told = False
-        self._seen: dict[str, tuple[bytes, float]] = {}  # the last beat of each member, and when it came
+        self._leases.forget()
 
     # ---- Forming eras ----
 
@@ -240,7 +250,7 @@ class Membership:
         (value,) = _values(self._store, [f"state/{self.present_era.roster[rank]}"])
         state = _text(value)
         if state.startswith(_FENCED):
-            return f"has given no sign of life for {self.lease_seconds:g} s"
+            return f"has given no sign of life for {state.partition(_AFTER)[2] or f'{self.lease_seconds:g} s'}"
         return state
 
     def leave(self, reason: str = ENDED) -> None:
@@ -313,13 +323,11 @@ class Membership:
         """Whether another worker is no longer there; one whose lease has run out is fenced."""
         if state != _ALIVE:
             return True
-        seen = self._seen.get(other)
-        if was_away or seen is None or seen[0] != beat:
-            self._seen[other] = beat, now()  # after a freeze of this worker, others get a whole lease again
+        era = self.era
+        who = f"rank {era.roster.index(other)}" if era is not None and other in era.roster else f"worker {other}"
+        if not self._leases.has_run_out(other, beat, was_away, who):
             return False
-        if now() - seen[1] <= self.lease_seconds:
-            return False
-        mine = f"{_FENCED} by {self.member}"
+        mine = f"{_FENCED} by {self.member}{_AFTER}{self._leases.patience(other):.3g} s"
         if _text(self._control.compare_set(f"state/{other}", _ALIVE, mine)) == mine:
             self._control.add(WORKERS, -1)
         return True
@@ -334,8 +342,3 @@ def _values(store: Store, keys: Sequence[str]) -> list[bytes]:
 
 def _text(value: bytes) -> str:
     return value.decode(errors="replace")
-
-
-def now() -> float:
-    """Seconds that also go on while this process is stopped or the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

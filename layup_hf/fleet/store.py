@@ -214,6 +214,7 @@ class Job:
         workers: How many workers the job was started with: the steps of so many make one `global_step`.
         run: Unique name.
         lease_seconds: A worker that gives no sign of life for so long is done without.
+        adapts: Or for longer, if its signs of life come late.
     """
 
     host: str
@@ -221,6 +222,7 @@ class Job:
     workers: int
     run: str
     lease_seconds: float
+    adapts: bool = False
 
     def connect(self, token: bytes | None = None) -> JobStore:
         """A connection of its own; see `JobStore`.
@@ -274,7 +276,7 @@ class Job:
     def _of(cls, fields: Any) -> Job:
         """Of what was read; anything but a job is a `TypeError` or `ValueError`."""
         job = cls(**fields)
-        kinds = {"host": str, "port": int, "workers": int, "run": str, "lease_seconds": float}
+        kinds = {"host": str, "port": int, "workers": int, "run": str, "lease_seconds": float, "adapts": bool}
         if any(type(getattr(job, name)) is not kind for name, kind in kinds.items()):
             raise TypeError("This is no job.")
         if not (0 < job.port < 65536 and job.workers > 0 and job.lease_seconds > 0):

@@ -246,7 +246,7 @@ def _check_several_workers(trainer: Any) -> None:
     """
     args = trainer.args
     check_sharing(args)
-    check_evaluations(args, trainer.lr_scheduler)
+    check_evaluations(args, getattr(trainer, "lr_scheduler", None))
     if launches() > 1 and not isinstance(args, Options):
         raise ValueError(
             f"A plain {type(args).__name__} and workers that are started by several launches exclude each other: the "

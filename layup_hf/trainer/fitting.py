@@ -66,12 +66,13 @@ def fitting_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> Iterator[
     Raises:
         ValueError: It is not, naming the file.
     """
+    said = [set(group) & optimizer.defaults.keys() for group in optimizer.param_groups]
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:  # as torch says it
         raise _other_state(file, f"{error}".removesuffix(".")) from error
-    for group in optimizer.param_groups:
-        missing = sorted(name for name in optimizer.defaults if name not in group)
+    for group, names in zip(optimizer.param_groups, said, strict=True):  # torch adds to the defaults while it loads
+        missing = sorted(names - group.keys())
         if missing:
             raise _other_state(file, f"nothing is said there of {', '.join(map(repr, missing))}")
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -138,7 +138,7 @@ class Members:
         connect = functools.partial(job.connect, token)
         self.job_name = hashlib.sha256(self.token + job.run.encode()).digest()[:16]
         if lease is not None:
-            self.membership = Membership(connect, lease, on_broken=self._break_group)
+            self.membership = Membership(connect, lease, on_broken=self._break_group, adapts=job.adapts)
             self.store = connect()
             if not self._state.is_outside:
                 roster = self.talk.gather(self.membership.member)
@@ -169,6 +169,7 @@ class Members:
                     workers=host.world_size,
                     run=uuid.uuid4().hex,
                     lease_seconds=lease_seconds or LEASE_SECONDS,
+                    adapts=host.options.lease_seconds is None,
                 )
                 launcher = None
                 if launches() > 1:

@@ -57,8 +57,8 @@ class Options:
         default=None,
         metadata={
             "help": "A worker that gives no sign of life for so long is done without, until it comes back. Unset: 15 "
-            "where workers are started by several launches; no lease under a single one, which ends all workers when "
-            "one ends."
+            "where workers are started by several launches, more for one that is late; no lease under a single one, "
+            "which ends all workers when one ends."
         },
     )
     network_interface: str | None = field(

@@ -7,7 +7,8 @@ import pytest
 from fleet import wait_until
 from members import LEASE, Job, assemble
 
-from layup_hf.fleet.membership import ENDED, Era, Fenced, StoreLost, now
+from layup_hf.fleet.leases import _Heard, now
+from layup_hf.fleet.membership import ENDED, Era, Fenced, StoreLost
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_who_does_not_is_fenced_by_exactly_one_and_counted_out_once(job):
     others = [members[0], *members[2:]]
     wait_until(lambda: all(member.gone == {1} for member in others), "all do without it", timeout=4 * LEASE)
     assert time.monotonic() - began > 0.8 * LEASE
-    assert job.state(members[1].member) in [f"fenced by {member.member}" for member in others]
+    assert job.state(members[1].member) in [f"fenced by {member.member} after {LEASE:g} s" for member in others]
     time.sleep(LEASE / 2)
     assert job.count() == 3
     assert members[0].present() == [members[0].member, members[2].member, members[3].member]
@@ -51,9 +52,9 @@ def test_who_is_fenced_by_two_at_once_is_fenced_by_one(job):
     """Both have read that it was alive."""
     members = job.begin(3)
     for member in members[:2]:
-        member._seen[members[2].member] = b"7", now() - 2 * LEASE
+        member._leases._heard[members[2].member] = _Heard(b"7", now() - 2 * LEASE)
         assert member._has_gone(members[2].member, b"7", "alive", False)
-    assert job.state(members[2].member) == f"fenced by {members[0].member}"
+    assert job.state(members[2].member) == f"fenced by {members[0].member} after {LEASE:g} s"
     assert job.count() == 2
 
 
@@ -208,7 +209,7 @@ def test_who_has_been_fenced_cannot_leave(job):
     wait_until(lambda: first.gone == {1}, "fenced", timeout=4 * LEASE)
     job.workers[1].go_on()
     second.leave()
-    assert job.state(second.member) == f"fenced by {first.member}"
+    assert job.state(second.member) == f"fenced by {first.member} after {LEASE:g} s"
     second._count_out()  # as at the end of its process
     assert job.count() == 1
 

@@ -1,5 +1,7 @@
 """What a worker notes about itself while it trains: when its steps ended, and how large it was."""
 
+import ctypes
+import gc
 import itertools
 import statistics
 import threading
@@ -51,6 +53,13 @@ def proportional_set_size() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
+def give_back_memory() -> None:
+    """Give the system back what this process has freed; glibc keeps it, and what comes next seems to take none."""
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 class PeakMemory:
     """Largest memory of this process in bytes, over what it was at the start.
 
@@ -62,6 +71,8 @@ class PeakMemory:
         self.device, self.sample = device, sample and device.type == "cpu"
 
     def __enter__(self) -> "PeakMemory":
+        if self.sample:
+            give_back_memory()
         self.peak = self.start = proportional_set_size() if self.sample else 0
         if self.device.type == "cuda":
             self.start = torch.cuda.memory_allocated()

@@ -57,7 +57,7 @@ def test_all_methods_train_with_two_workers(tmp_path, text_file):
     for name in ("localsgd", "diloco", "co2"):
         assert runs[name]["bytes_per_step"] == 2 * whole / 4, name
     assert len(results["runs"]) == len(runs)
-    assert "| LayUp | 0.008 |" in printed
+    assert "| LayUp | 0.008, the grid's edge |" in printed
     assert {file.name for file in (tmp_path / "out").glob("compare*")} == {
         "compare.json", "compare.md", "compare-samples.png", "compare-seconds.png", "compare-costs.png"}  # fmt: skip
 
