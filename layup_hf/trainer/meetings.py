@@ -17,6 +17,7 @@ from .host import Host
 from .members import Members
 from .state import RunState
 from .tracing import Tracing
+from .waits import UNKNOWN, Waits
 from .wishes import Wishes
 
 
@@ -36,6 +37,7 @@ class _Arrival(NamedTuple):
     lacks_memory: bool = False
     sees_applicants: bool = False
     best: Best | None = None
+    stood: float = UNKNOWN
 
 
 class Meetings:
@@ -43,6 +45,7 @@ class Meetings:
     by all.
 
     Attributes:
+        waits: Who was waited for.
         act: What is done at a meeting: the Trainer logs, evaluates and saves, as `control` says. Set by the loop.
     """
 
@@ -62,6 +65,7 @@ class Meetings:
         self._host, self._state, self._collectives, self._members = host, state, collectives, members
         self._exchange, self._agreement, self._eras, self._follower = exchange, agreement, eras, follower
         self._evaluations, self._tracing = evaluations, tracing
+        self.waits = Waits()
         self._agreed = Wishes()  # at the meeting that is being held
         self.act: Callable[[], None] = _nothing
 
@@ -104,6 +108,7 @@ class Meetings:
                 before = self._member
                 if not self._eras.recover_from(error):
                     raise
+                self.waits.begin_anew(tells=self._host.is_first)
                 if self._member == before:
                     self._want(Wishes.any_of(wanted))  # what had been agreed upon may not have been done
                 continue
@@ -123,10 +128,15 @@ class Meetings:
         host, state, membership = self._host, self._state, self._members.membership
         sees_applicants = membership is not None and bool(membership.applicants) and membership.leads
         mine = mine._replace(step=host.state.global_step, sees_applicants=sees_applicants, best=self._evaluations.best)
-        arrivals = self._collectives.gather(mine)
+        mine = mine._replace(stood=self.waits.stood)
+        with self.waits.standing():
+            arrivals = self._collectives.gather(mine)
+        stood, steps = [arrival.stood for arrival in arrivals], [arrival.steps_done for arrival in arrivals]
+        self.waits.note(stood, steps, tells=host.is_first)
         self._evaluations.take_over(arrivals[0].best)
         if any(arrival.sees_applicants for arrival in arrivals):
             self._eras.regroup()
+            self.waits.begin_anew(tells=host.is_first)
             return False
         if any(arrival.lacks_memory for arrival in arrivals):
             ranks = ", ".join(str(rank) for rank, arrival in enumerate(arrivals) if arrival.lacks_memory)

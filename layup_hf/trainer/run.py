@@ -230,6 +230,8 @@ class LayupRun:
         staleness = sum((Counter(counts) for counts in gather(dict(engine.staleness))), Counter[int]())
         if self.host.is_first:
             tqdm.write(report.summary(self.exchange.ledger.done, staleness, self.exchange.masses))
+            if waited := self.meetings.waits.summary():
+                tqdm.write(waited)
         self.logs.average_loss()
         self.host.store_flos()
         self.tracing.finish(self.members.talk)
