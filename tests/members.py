@@ -7,8 +7,9 @@ import time
 import psutil
 from fleet import together
 
+from layup_hf.fleet.job import start_keeper
 from layup_hf.fleet.membership import Era, Membership
-from layup_hf.fleet.store import WORKERS, JobStore, start_keeper
+from layup_hf.fleet.store import WORKERS, JobStore
 
 LEASE = 2.0  # seconds; a busy machine may keep a thread waiting for one
 TOKEN = b"secret of the job".ljust(32)

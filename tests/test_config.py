@@ -18,14 +18,8 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from transformers.training_args import OptimizerNames
 
 from layup_hf.config import LayupConfig, LayupOptions
-from layup_hf.trainer.checks import (
-    check_data,
-    check_model,
-    check_options,
-    check_runtime,
-    check_sharing,
-    has_several_workers,
-)
+from layup_hf.trainer.checks import check_options, check_sharing
+from layup_hf.trainer.suitability import check_data, check_model, check_runtime, has_several_workers
 
 
 @pytest.fixture(autouse=True)

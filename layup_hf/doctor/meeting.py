@@ -16,8 +16,8 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from ..fleet import data
+from ..fleet.job import launcher_store
 from ..fleet.started import has_launcher
-from ..fleet.store import launcher_store
 from .attempt import NoAnswer
 from .finding import Finding
 

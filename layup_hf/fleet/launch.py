@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.distributed import HashStore
 
+from .job import Job, launcher_store
 from .network import Network
 from .started import has_launcher, launches
-from .store import Job, launcher_store
 
 _joining: Job | None = None  # by this process, with whichever of its configurations it trains
 

@@ -19,11 +19,12 @@ from torch.distributed import Store
 
 from ..fleet.data import travels
 from ..fleet.group import Group, speaking_group
+from ..fleet.job import Job, launcher_store, start_keeper
 from ..fleet.membership import Era, Membership
 from ..fleet.network import Network
 from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
 from ..fleet.started import launches
-from ..fleet.store import Job, JobStore, launcher_store, start_keeper
+from ..fleet.store import JobStore
 from ..fleet.talk import Talk
 from ..progress.ahead import Ahead
 from ..windows import opening

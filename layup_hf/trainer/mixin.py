@@ -14,12 +14,13 @@ from ..fleet.group import end_group_at_exit
 from ..trace.events import DATA
 from .adapter import TrainerHost
 from .alone import why_alone
-from .checks import check_data, check_model, check_options, check_runtime, check_search
+from .checks import check_options
 from .muon import optimizer_of
 from .overrides import gather_for_overrides
 from .rollouts import check_generating_trainer, check_generation
 from .run import LayupRun
 from .straggler import StragglerCallback
+from .suitability import check_data, check_model, check_runtime, check_search
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checks import has_several_workers
 from .seams import OF_GENERATING
+from .suitability import has_several_workers
 
 _EXCLUDED = {
     "auto_find_batch_size": "a smaller batch may not hold whole groups of completions. Lower "

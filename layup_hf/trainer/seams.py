@@ -164,7 +164,7 @@ SEAMS = (
     *_of("torch.optim.AdamW", "2.6", "_step_supports_amp_scaling", is_optional=True),
     *_of("torch.optim.adamw", "2.6", ("adamw", "fused", "grad_scale", "found_inf", "has_complex")),
     *_of(
-        *("torch", "2.6", "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div_", "_foreach_lerp"),
+        *("torch", "2.6", "_foreach_add_", "_foreach_addcmul_", "_foreach_div_", "_foreach_lerp"),
         *("_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sub_"),
     ),
 )

@@ -23,12 +23,12 @@ from ..optim.onepass import OnePass, make_kernel
 from ..trace.clocks import now
 from ..trace.events import BLOCK_STEP, DEVICE, OPTIMIZER
 from .blockwise import BlockwiseModel
-from .checks import check_optimizer
 from .exchange import Exchange
 from .gradients import reasons_for_all, reasons_of_users
 from .host import Host
 from .members import Members
 from .state import RunState
+from .suitability import check_optimizer
 from .tracing import Tracing
 from .work import WorkSharing
 

@@ -16,7 +16,8 @@ import torch
 from launching import SCRIPTS, environment_of, processes_with
 
 from layup_hf.fleet.group import is_of_group
-from layup_hf.fleet.store import JobStore, start_keeper
+from layup_hf.fleet.job import start_keeper
+from layup_hf.fleet.store import JobStore
 from recipes.measure.hosts.outsider import take_places
 
 WORKERS = 3

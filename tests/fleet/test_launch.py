@@ -9,10 +9,11 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from layup_hf import LayupConfig
+from layup_hf.fleet.job import Job, start_keeper
 from layup_hf.fleet.launch import has_joined, prepare_launch
 from layup_hf.fleet.secret import draw_token
 from layup_hf.fleet.started import launches
-from layup_hf.fleet.store import WORKERS, Job, start_keeper
+from layup_hf.fleet.store import WORKERS
 from layup_hf.trainer.members import Members
 from layup_hf.trainer.options import Options
 from layup_hf.trainer.state import RunState

@@ -9,7 +9,8 @@ from fleet import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layup_hf.fleet.store import JobStore, start_keeper
+from layup_hf.fleet.job import start_keeper
+from layup_hf.fleet.store import JobStore
 from layup_hf.progress.ahead import Ahead
 from layup_hf.progress.clock import ProgressClock, WorkerFailure
 

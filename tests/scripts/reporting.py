@@ -10,7 +10,9 @@ connections = []
 def is_of_job():
     """Whether it is the store of the job that is started or spoken to."""
     frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith("layup_hf/fleet/store.py"):
+    while frame is not None and not frame.f_code.co_filename.endswith(
+        ("layup_hf/fleet/store.py", "layup_hf/fleet/job.py")
+    ):
         frame = frame.f_back
     return frame is not None
 

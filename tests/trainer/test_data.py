@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from layup_hf import LayupConfig, LayupTrainer
 from layup_hf.gossip import consensus
-from layup_hf.trainer.checks import check_data
 from layup_hf.trainer.streams import require_same_seeds
+from layup_hf.trainer.suitability import check_data
 
 CASES = ["streams", "own_streams", "ends", "epochs", "samplers", "loaders", "alone", "numbers", "rest"]
 SEED = "Pass `seed=` to `shuffle()` and `interleave_datasets()`"

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from launching import run
 
-from layup_hf.trainer.checks import check_data
+from layup_hf.trainer.suitability import check_data
 
 
 def sizes(workers):

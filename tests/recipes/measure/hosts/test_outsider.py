@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from layup_hf.fleet.store import Job, start_keeper
+from layup_hf.fleet.job import Job, start_keeper
 from recipes.measure.hosts import outsider
 from recipes.measure.hosts.outsider import MARK, Planted, Target
 
