@@ -11,7 +11,8 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
 
-from ..progress.sharing import SharedLoader, SharedStream
+from ..progress.sharing import SharedLoader
+from ..progress.stream import SharedStream
 from .host import Host
 from .streams import NotedStream
 

@@ -19,7 +19,9 @@ from torch.utils.data import IterableDataset
 from ..fleet.launch import has_joined
 from ..progress.clock import ProgressClock
 from ..progress.randomness import Randomness
-from ..progress.sharing import SharedLoader, SharedStream, Update
+from ..progress.shared import Update
+from ..progress.sharing import SharedLoader
+from ..progress.stream import SharedStream
 from ..trace.events import CLOCK
 from .collectives import Collectives
 from .eras import Eras

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..fleet.data import travels
 from ..progress.ahead import Ahead
 from ..progress.cursor import Cursor, Draw, position_of_shards, within
-from ..progress.sharing import SharedLoader, SharedStream
+from ..progress.sharing import SharedLoader
+from ..progress.stream import SharedStream
 from .checks import check_sharing
 from .host import Host
 from .loaders import make_shard, make_shared, nothing_kept

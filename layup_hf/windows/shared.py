@@ -19,8 +19,9 @@ from ..ledger import Ledger
 from . import opening
 from .base import Gather
 from .copies import PeerCopies
+from .ipc import CudaIpc, Ipc
 from .layout import Layout
-from .memory import CudaIpc, DeviceMemory, HostMemory, Ipc, Memory, StagedMemory, checksum
+from .memory import DeviceMemory, HostMemory, Memory, StagedMemory, checksum
 from .opening import Specification, require_one_model, specification, together
 from .segment import Pulse, Segment
 

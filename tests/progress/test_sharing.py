@@ -24,7 +24,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from layup_hf.progress.ahead import Ahead
 from layup_hf.progress.cursor import Cursor, Draw, FixedShares, position_of_shards
 from layup_hf.progress.randomness import Checksum
-from layup_hf.progress.sharing import SharedLoader, SharedStream
+from layup_hf.progress.sharing import SharedLoader
+from layup_hf.progress.stream import SharedStream
 
 
 class Loader:

@@ -16,7 +16,7 @@ from layup_hf.fleet.data import is_data
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.ledger.mixing import UNIT
 from layup_hf.windows import SharedWindows
-from layup_hf.windows.memory import CudaIpc
+from layup_hf.windows.ipc import CudaIpc
 from layup_hf.windows.segment import Pulse
 
 
