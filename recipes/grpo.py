@@ -3,10 +3,10 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/grpo.py
 
 As it is, a small Llama that has read Python's standard library (made by LayUp within a minute, and kept in the cache)
-learns to finish functions: the reward is the share of its arguments that a function uses, if Python can parse it.
-Completions differ in length, so workers take unequal time for each step; nobody waits. (Later they do not differ: a
-model this small learns what pays most for least, which is to name ``self`` and end.) ``--trainer ddp`` trains the very
-same with TRL's own trainer. The options take another model, and whatever GRPOConfig has.
+learns to finish functions: the reward is for four different statements, if Python can parse it all. Completions differ
+in length, so workers take unequal time for each step; nobody waits. What a model this small writes means nothing; it is
+Python. ``--trainer ddp`` trains the very same with TRL's own trainer. The options take another model, and whatever
+GRPOConfig has.
 """
 
 from dataclasses import dataclass, field

@@ -124,34 +124,39 @@ def pretrained(data: Functions, steps: int, args: LayupConfig) -> str:
 
 # ---- The reward ----
 
+STATEMENTS = 4
+"""That a function has which earns all of the reward."""
+
 
 def reward_of(end: int) -> Callable[..., list[float]]:
-    """A reward function as TRL calls it: of a function that is finished and that Python can parse, the share of its
-    arguments that it uses; of any other 0.
+    """A reward function as TRL calls it: for a function that is finished and that Python can parse, by how many
+    different statements it has; for any other 0.
 
     Args:
         end: The token that a completion must end with.
     """
 
-    def uses_arguments(
+    def different_statements(
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **others: Any
     ) -> list[float]:
         return [
-            share_used(prompt + completion) if tokens and tokens[-1] == end else 0.0
+            share_written(prompt + completion) if tokens and tokens[-1] == end else 0.0
             for prompt, completion, tokens in zip(prompts, completions, completion_ids, strict=True)
         ]
 
-    return uses_arguments
+    return different_statements
 
 
-def share_used(text: str) -> float:
-    """The share of a function's arguments that it reads; 0 if the text is not one function that can be parsed."""
+def share_written(text: str) -> float:
+    """How many different statements a function has, `pass` aside, out of `STATEMENTS`; at most 1, and 0 if the text is
+    not one function that can be parsed.
+    """
     try:
         nodes = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
     if len(nodes) != 1 or not isinstance(nodes[0], ast.FunctionDef):
         return 0.0
-    wanted = arguments_of(nodes[0])
-    names = {part.id for part in ast.walk(nodes[0]) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
-    return len(wanted & names) / len(wanted) if wanted else 0.0
+    inside = (part for part in ast.walk(nodes[0]) if isinstance(part, ast.stmt) and part is not nodes[0])
+    different = {ast.dump(part) for part in inside if not isinstance(part, ast.Pass)}
+    return min(len(different) / STATEMENTS, 1.0)

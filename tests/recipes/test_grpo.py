@@ -19,6 +19,6 @@ def test_two_workers_learn_by_either_trainer_from_one_model(tmp_path):
         output = run(RECIPE, 2, options, tmp_path, timeout=150).output
         assert re.search(r"Reward on held-out prompts: \d\.\d+ before, \d\.\d+ after\. \d+ completions per", output)
         assert output.count("LayUp: steps by worker") == (2 if trainer == "layup" else 0)  # it is made once
-        assert "rewards/uses_arguments/mean" in output
+        assert "rewards/different_statements/mean" in output
         AutoModelForCausalLM.from_pretrained(folder)
     assert len(list(Path(os.environ["HF_HOME"], "layup").glob("functions-*"))) == 1

@@ -159,10 +159,10 @@ def test_trl_trainers_train_without_collectives_between_meetings(workers, case, 
         assert len({entry["eval_loss"] for entry in evaluations}) >= 2
         assert all(own in entry for entry in entries(result, "loss")) or case == "kto"  # a batch may have no good one
         evaluated = [entry[f"eval_{own}"] for entry in entries(result, f"eval_{own}")]
-        # KTO of TRL 0.29 notes what has been evaluated on rank 0 alone.
-        assert len(evaluated) == len(evaluations) or (case == "kto" and result is not results[0] and not evaluated)
         found = [entry[own] for entry in entries(result, own)] + evaluated
-        assert len(found) > len(evaluated)
+        if case == "kto" and result is not results[0] and not found:
+            continue  # KTO of TRL 0.29 notes its metrics on rank 0 alone
+        assert len(evaluated) == len(evaluations) < len(found)
         assert all(math.isfinite(value) if case == "kto" else 0 <= value <= 1 for value in found)
 
 

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from parts.functions import LONGEST, functions, reward_of, share_used
+from parts.functions import LONGEST, functions, reward_of, share_written
 
 SOURCE = '''
 class Kind:
@@ -43,24 +43,24 @@ def test_functions_are_short_have_an_argument_and_lose_their_docstrings(tmp_path
 @pytest.mark.parametrize(
     ("text", "share"),
     [
-        ("def f(a, b):\n    return a + b", 1.0),
-        ("def f(a, b):\n    return a", 0.5),
-        ("def f(a, b):\n    a = 1", 0.0),
-        ("def f(self, *more, **others):\n    return self.x(others)", 2 / 3),
+        ("def f(a):\n    b = a\n    c = a\n    d = a\n    return b", 1.0),
+        ("def f(a):\n    b = a\n    c = a\n    d = a\n    e = a\n    return b", 1.0),
+        ("def f(a):\n    b = a\n    b = a\n    b  =  a", 0.25),
+        ("def f(a):\n    if a:\n        b = a\n    pass", 0.5),
+        ("def f(a):\n    pass", 0.0),
         ("def f(a):\n    return a\nf(1)", 0.0),  # more than a function
         ("def f(a):\n    return (a", 0.0),
         ("def f(a):", 0.0),
         ("a = 1", 0.0),
-        ("def f():\n    return 1", 0.0),
         ("def f(a):\n    return '\0'", 0.0),
     ],
 )
-def test_the_reward_is_the_share_of_arguments_that_are_used(text, share):
-    assert share_used(text) == pytest.approx(share)
+def test_the_reward_is_by_how_many_different_statements_there_are(text, share):
+    assert share_written(text) == pytest.approx(share)
 
 
 def test_a_completion_that_has_not_come_to_its_end_earns_nothing():
     reward = reward_of(end=7)
     completions = ["\n    return a", "\n    return a", ""]
     prompts = ["def f(a):"] * 3
-    assert reward(prompts, completions, completion_ids=[[1, 7], [1, 2], []], other=1) == [1.0, 0.0, 0.0]
+    assert reward(prompts, completions, completion_ids=[[1, 7], [1, 2], []], other=1) == [0.25, 0.0, 0.0]
