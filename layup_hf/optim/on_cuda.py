@@ -42,7 +42,7 @@ class CudaPass:
 
     def run(self, table: Table) -> None:
         """Make the step that the table says, on the current stream."""
-        factor = table.factor if table.factor is not None else torch.ones((), device=self._device)
+        factor = torch.as_tensor(1.0 if table.factor is None else table.factor, device=self._device)
         columns = np.minimum(_TILE, 2 ** np.ceil(np.log2(np.maximum(table.addresses[:, Column.WIDTH], 1))).astype(int))
         for width in np.unique(columns).tolist():
             rows = columns == width

@@ -147,7 +147,7 @@ class OnePass:
         self,
         block: Block,
         merges: Sequence[tuple[Sequence[Tensor], float]] = (),
-        factor: Tensor | None = None,
+        factor: Tensor | float | None = None,
         rows: Rows | None = None,
     ) -> None:
         """Step a block that fits. Gradients stay as they are.
@@ -156,7 +156,7 @@ class OnePass:
             block: Its gradients are complete.
             merges: What peers have of the block (tensors like `Block.tensors`), each with the share of the way that the
                 block is to go to it, in this order, before the step.
-            factor: By which gradients are to be multiplied, a scalar on their device; None: 1.
+            factor: By which gradients are to be multiplied, a scalar on their device, or a number on a CPU; None: 1.
             rows: By what steps are longer, and what is to be found out about rows.
         """
         members, rows = self._members[block.index] or [], rows or Rows()

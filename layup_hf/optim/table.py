@@ -53,7 +53,7 @@ class Table:
         scalars: float32 of shape (parameters, scalars); see `Scalar`.
         merges: How many peers' parameters are merged.
         compares: Whether first moments are compared with a peer's. Rows are then to be kept apart.
-        factor: Of all gradients, a scalar on their device; None: 1.
+        factor: Of all gradients, a scalar on their device, or a number on a CPU; None: 1.
         tensors: The parameters' gradients, say, whose device and stream the kernel goes by.
     """
 
@@ -61,7 +61,7 @@ class Table:
     scalars: np.ndarray
     merges: int
     compares: bool
-    factor: Tensor | None
+    factor: Tensor | float | None
     tensors: Sequence[Tensor]
 
     @staticmethod

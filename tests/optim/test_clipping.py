@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import gpt2, loss_of, text_batch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from layup_hf.blocks import Block, split_into_blocks
 from layup_hf.blocks.hooks import BlockHooks
-from layup_hf.optim.clipping import BlockClipper
+from layup_hf.optim.clipping import BlockClipper, DeviceEstimate, HostEstimate
 
 SHAPES = [[(3, 2), (3,)], [(4, 4)], [(5,), (2, 2), (1,)]]
 
@@ -234,3 +236,23 @@ def test_gradients_in_double_precision_are_measured_and_clipped_so(blocks):
         clip(clipper, blocks)
     assert clipper.total_norm().item() == pytest.approx(get_total_norm(originals).item(), rel=1e-14)
     assert get_total_norm(gradients_of(blocks)).item() == pytest.approx(0.5, rel=1e-5)
+
+
+FIGURES = st.one_of(st.floats(0.25, 4, width=32), st.sampled_from([0.0, math.inf, math.nan]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(FIGURES, min_size=3, max_size=3), min_size=1, max_size=4), st.booleans(), st.data())
+def test_a_cpu_and_a_device_estimate_alike(steps, skips, data):
+    host, device = HostEstimate(3, torch.float32), DeviceEstimate(3, torch.float32, torch.device("cpu"))
+    for figures in steps:
+        order = data.draw(st.permutations(range(3)))
+        for estimate in (host, device):
+            estimate.begin_step()
+        for index in order:
+            norms = [torch.tensor(figures[index])] * (1 + index) if figures[index] else []
+            for estimate in (host, device):
+                estimate.add(index, norms, skips)
+            torch.testing.assert_close(host.norms, device.norms, rtol=1e-4, atol=0, equal_nan=True)
+            theirs = float(device.factor(1.0))
+            assert host.factor(1.0) == pytest.approx(theirs, rel=2e-3, abs=1e-30, nan_ok=True)

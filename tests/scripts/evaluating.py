@@ -31,9 +31,9 @@ class Watching(LayupTrainer):
         self.evaluations, self.rows = [], []
 
     def evaluate(self, *args, **kwargs):
-        exchange = self.layup.exchange
+        exchange, run = self.layup.exchange, self.layup.state
         is_training = exchange.engine is not None
-        before = int(exchange.ledger.done[1]) if is_training else 0
+        before = run.steps_of_all - run.steps_done  # those of the other, when both met: it may have come to the next one
         weights = values(self.model)
         metrics = super().evaluate(*args, **kwargs)
         is_alone = is_training and self.accelerator.num_processes == 1
