@@ -33,7 +33,7 @@ class Watching(LayupTrainer):
     def evaluate(self, *args, **kwargs):
         exchange, run = self.layup.exchange, self.layup.state
         is_training = exchange.engine is not None
-        before = run.steps_of_all - run.steps_done  # those of the other, when both met: it may have come to the next one
+        before = run.steps_of_all - run.steps_done  # of the other, when both met; it may have come further
         weights = values(self.model)
         metrics = super().evaluate(*args, **kwargs)
         is_alone = is_training and self.accelerator.num_processes == 1
