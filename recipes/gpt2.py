@@ -2,9 +2,10 @@
 
     accelerate launch --multi_gpu --num_processes 2 recipes/gpt2.py
 
-As it is, it trains a small GPT-2 on the sources of Python's standard library for two to three minutes. The
+As it is, it trains a small GPT-2 on the sources of Python's standard library for two to three minutes, by Muon. The
 options take it from there: another text, another model, other settings; `--trainer ddp` trains the very
-same with the stock Trainer. The output folder gets the model, its tokenizer, `results.json` and
+same with the stock Trainer, `--optim adamw_torch_fused --learning_rate 4e-3` with AdamW, which also suits a
+model that AdamW has trained before. The output folder gets the model, its tokenizer, `results.json` and
 `curve.png`.
 """
 
@@ -35,7 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "output_dir": "gpt2-output",
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 4e-3,
+    "optim": "muon",  # ends 9 % lower than AdamW at its best rate, in 1.3 times the time
+    "learning_rate": 8e-3,
     "lr_scheduler_type": "cosine",
     # Below 1 these are shares of all steps, so they hold for any length of run. A worker's own small batch makes its
     # first steps noisy: warming up over half of so short a run is what lets the rate be high (see `docs/tuning.md`).
