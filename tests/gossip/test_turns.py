@@ -12,7 +12,7 @@ from torch import nn
 
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.gossip.topology import PeerSampler
-from layup_hf.gossip.turns import WIDER_AFTER, Turns
+from layup_hf.gossip.turns import PATIENCE, WIDER_AFTER, Turns
 from layup_hf.ledger.mixing import merge_weight, share
 
 PEERS = [1, 2, 4]
@@ -45,6 +45,22 @@ def test_a_peer_that_does_not_take_its_offer_keeps_nobody_waiting():
     turns.note_merged(0, 2)
     assert offered(turns, [2]) == [2]
     assert offered(turns, []) == []
+
+
+def test_a_peer_that_takes_much_longer_than_the_quickest_keeps_nobody_waiting():
+    """Although nothing is merged meanwhile, as all others wait for it, too."""
+    turns = Turns(1, PEERS)
+    assert offered(turns, PEERS) == [1]
+    assert offered(turns, [2, 4]) == []
+    assert offered(turns, PEERS) == [2]  # 1 took two steps
+    assert [offered(turns, [1, 4]) for _ in range(2 * PATIENCE + 1)] == [[]] * (2 * PATIENCE) + [[4]]
+    assert offered(turns, [1]) == []  # 4 has not been waited for
+
+
+def test_before_anything_is_known_of_peers_nobody_is_slow():
+    turns = Turns(1, PEERS)
+    assert offered(turns, PEERS) == [1]
+    assert [offered(turns, [2, 4]) for _ in range(50)] == [[]] * 50
 
 
 def test_merges_with_peers_on_this_host_say_nothing_of_links():
