@@ -45,7 +45,7 @@ from .common.command import command_line
 from .local_adam import Task, add_task_arguments, rate_at, run_all
 from .many_models import Models, Optimizer
 
-NAMES = ("method", "fraction", "learning_rate")
+NAMES = ("workers", "batch_size", "steps", "seeds", "method", "fraction", "learning_rate")
 PARTS = 16
 WITHOUT_LINK = {"ddp", "average"}
 OUTER = {"outer": (1.0, 0.5), "outer9": (0.7, 0.9)}  # rate and momentum
@@ -183,8 +183,9 @@ class Links:
         return torch.cat(means, 2)
 
 
-def train(options: argparse.Namespace, method: str, fraction: float, peak: float) -> dict[str, Any]:
-    """One run of all seeds."""
+def train(options: argparse.Namespace, *chosen: Any) -> dict[str, Any]:
+    """One run of all seeds, of what `NAMES` are chosen to be."""
+    *_, method, fraction, peak = chosen
     tasks, kind = [Task.load(options, seed) for seed in options.seeds], set(method.split("+"))
     models = Models([task.model for task in tasks], options.workers)
     optimizer, links, distances = Optimizer(models, kind), Links(models, kind), []
@@ -208,8 +209,7 @@ def train(options: argparse.Namespace, method: str, fraction: float, peak: float
         parts = zip(*(tokens.split(16) for tokens in held_out), strict=True)
         losses = torch.stack([models.loss(weights, torch.stack(part)) for part in parts]).mean(0)
     return {
-        **dict(zip(NAMES, (method, fraction, peak), strict=True)),
-        "seeds": options.seeds,
+        **dict(zip(NAMES, chosen, strict=True)),
         "losses": [round(float(loss), 4) for loss in losses],
         "models_per_step": links.merged / options.steps,
         "distance": statistics.mean(distances[len(distances) // 2 :]),
@@ -217,16 +217,20 @@ def train(options: argparse.Namespace, method: str, fraction: float, peak: float
 
 
 def show(results: list[dict[str, Any]]) -> None:
+    """For each method a row, with the losses of all seeds and the consensus distance at each rate."""
     rates = sorted({result["learning_rate"] for result in results})
-    print(f"\n| method | fraction | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---|---{'|---' * len(rates)}|")
-    for method, fraction in dict.fromkeys((result["method"], result["fraction"]) for result in results):
+    print("\n| workers | sequences | steps | method | models per step |", *(f"{rate:g} |" for rate in rates))
+    print("|---" * (5 + len(rates)) + "|")
+    kinds = ("workers", "batch_size", "steps", "method", "fraction")
+    for kind in dict.fromkeys(tuple(result[name] for name in kinds) for result in results):
         cells = []
         for rate in rates:
-            mine = [r for r in results if (r["method"], r["fraction"], r["learning_rate"]) == (method, fraction, rate)]
+            mine = [r for r in results if tuple(r[n] for n in (*kinds, "learning_rate")) == (*kind, rate)]
             losses = [loss for r in mine for loss in r["losses"]]
-            text = ", ".join(f"{loss:.3f}" for loss in losses)
-            cells.append(f"{statistics.mean(losses):.3f} ({text}), {mine[0]['distance']:.2f}" if mine else "")
-        print(f"| {method} | {fraction:g} | {' | '.join(cells)} |")
+            apart = f"{statistics.mean(r['distance'] for r in mine):.2f}" if mine else ""
+            by_seed = ", ".join(f"{loss:.3f}" for loss in losses)
+            cells.append(f"{statistics.mean(losses):.3f} ({by_seed}), {apart}" if mine else "")
+        print(f"| {' | '.join(map(str, kind))} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -238,8 +242,9 @@ def main() -> None:
     for method in options.methods:
         if unknown := set(method.split("+")) - KNOWN:
             parser.error(f"--methods {method}: there is no {', '.join(unknown)}")
+    of_all = (options.workers, options.batch_size, options.steps, " ".join(map(str, options.seeds)))
     wanted = dict.fromkeys(
-        (method, 0.0 if set(method.split("+")) & WITHOUT_LINK else fraction, rate)
+        (*of_all, method, 0.0 if set(method.split("+")) & WITHOUT_LINK else fraction, rate)
         for fraction, method, rate in itertools.product(options.fractions, options.methods, options.learning_rates)
     )
     show(run_all(train, options, NAMES, list(wanted), options.folder / "slow-links.json"))
