@@ -16,9 +16,9 @@ class Turns:
     """Decides whom on other hosts a block is offered to next.
 
     A link carries what it can, however many offers wait for it. What waits is mixed by nobody, and counts as its
-    worker's own mass in what that worker merges. So the more offers wait, the less each of them moves: with two peers a
-    merge weighs about a quarter, with one about two fifths, for the same bytes. So a block is offered to one peer at a
-    time, to each in its turn.
+    worker's own mass in what that worker merges. So the more offers wait, the less each of them moves: a merge weighs a
+    quarter with two peers and a fifth with three, but a third with one, for the same bytes. So a block is offered to
+    one peer at a time, to each in its turn.
 
     Nobody waits for a peer that is slow or gone: the next one has its turn, too, when this worker has itself merged the
     block with a peer on another host since the last offer, or when that has waited for `PATIENCE` times as many steps

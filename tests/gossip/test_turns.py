@@ -155,14 +155,14 @@ def test_a_merge_with_a_peer_on_another_host_gives_the_next_one_its_turn():
 
 def spread(workers, slow, in_turn, steps=400, slower=20):
     """Mean square of how far workers are from their mean, who all make a random step of a block at a time and then
-    merge one peer's in every eighth, the slow one in fewer; by this package's arithmetic of mass.
+    merge one peer's in every eighth, the slow one in fewer; and the mean weight of merges. By the library's arithmetic.
     """
     draws = np.random.default_rng(0)
     values, own = np.zeros((workers, 100)), [UNIT] * workers
     offers, merged = {}, {}
     jumps = [2**n for n in range(workers.bit_length()) if 2**n < workers]
     turns = [Turns(1, [(rank + jump) % workers for jump in jumps]) for rank in range(workers)]
-    squares = []
+    squares, weights = [], []
     for step in range(steps):
         values += draws.normal(size=values.shape)
         for rank in range(workers):
@@ -181,20 +181,23 @@ def spread(workers, slow, in_turn, steps=400, slower=20):
                 sender = min(senders, key=lambda s: merged.get((rank, s), -1))
                 units = offers.pop((sender, rank))
                 untaken = sum(u for (s, _), u in offers.items() if s == rank)
-                values[rank] += merge_weight(units, own[rank], untaken) * (values[sender] - values[rank])
+                weights.append(merge_weight(units, own[rank], untaken))
+                values[rank] += weights[-1] * (values[sender] - values[rank])
                 own[rank] += units
                 merged[rank, sender] = step
                 turns[rank].note_merged(0, sender)
         others = [rank for rank in range(workers) if rank != slow]
         squares.append(values[others].var(0).mean())
     assert sum(own) + sum(offers.values()) == workers * UNIT
-    return float(np.mean(squares[steps // 2 :]))
+    return float(np.mean(squares[steps // 2 :])), float(np.mean(weights))
 
 
 @pytest.mark.parametrize(("workers", "slow", "at_most"), [(4, None, 0.8), (8, None, 0.65), (4, 3, 1.0), (8, 7, 0.7)])
 def test_with_the_same_bytes_workers_are_closer_together(workers, slow, at_most):
     """Also with a peer that takes hardly anything: for the others it is no worse with four, and better with eight."""
-    assert spread(workers, slow, in_turn=True) < at_most * spread(workers, slow, in_turn=False)
+    (distance, weight), (at_once, less) = (spread(workers, slow, in_turn) for in_turn in (True, False))
+    assert distance < at_most * at_once
+    assert weight > 1.1 * less
 
 
 def test_turns_are_fair():
