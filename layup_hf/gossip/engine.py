@@ -82,7 +82,7 @@ class GossipEngine:
         self._windows = windows
         self.ledger = windows.ledger
         self._sampler = sampler
-        self._turns = Turns(len(blocks), sampler.remote)
+        self._peer_turns = Turns(len(blocks), sampler.remote)
         self._offer_every = offer_every
         self._is_free = is_free
         self._budget = budget
@@ -166,7 +166,7 @@ class GossipEngine:
         for offer in offers:
             self.ledger.take(index, offer.peer, offer.units)
             self._windows.release(offer.peer, index)
-            self._turns.note_merged(index, offer.peer)
+            self._peer_turns.note_merged(index, offer.peer)
             self.staleness[self.ledger.staleness(index, offer.peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
@@ -206,10 +206,10 @@ class GossipEngine:
         ledger.count_step(index)
         if not offers:
             return
-        peers = self._sampler.sample(self._turns.due(index, ledger.eligible(index)), offers)
+        peers = self._sampler.sample(self._peer_turns.due(index, ledger.eligible(index)), offers)
         units = self.units(ledger.own(index), len(peers)) if peers else 0
         if units:
-            self._turns.note_offered(index, peers)
+            self._peer_turns.note_offered(index, peers)
             for peer in peers:
                 ledger.offer(index, peer, units)
         offered = len(peers) if units else 0
@@ -242,7 +242,7 @@ class GossipEngine:
             self.ledger.exclude(peer)
             self._windows.exclude(peer)
             self._sampler.exclude(peer)
-            self._turns.exclude(peer)
+            self._peer_turns.exclude(peer)
             if self._budget is not None:
                 self._budget.most = self._sampler.count
 
