@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fleet import Fleet
+from fleet import Fleet, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import UNIT
@@ -13,6 +13,7 @@ from torch import nn
 from layup_hf.gossip.engine import GossipEngine
 from layup_hf.gossip.topology import PeerSampler
 from layup_hf.gossip.turns import PATIENCE, WIDER_AFTER, Turns
+from layup_hf.ledger import effective_masses
 from layup_hf.ledger.mixing import merge_weight, share
 
 PEERS = [1, 2, 4]
@@ -150,6 +151,31 @@ def test_a_merge_with_a_peer_on_another_host_gives_the_next_one_its_turn():
     engine.offer(block)
     assert engine.counts["offers"] == 2
     assert engine.ledger.eligible(0) == []
+    fleet.close()
+
+
+def test_over_a_network_everybody_has_turns_and_mass_stays():
+    workers, blocks = 3, 2
+    fleet = Fleet([nn.Sequential(*(nn.Linear(2, 2) for _ in range(blocks))) for _ in range(workers)], "nixl")
+    ledgers = [windows.ledger for windows in fleet.windows]
+    engines = [
+        GossipEngine(fleet.blocks[rank], windows, PeerSampler(rank, workers, None, 0, windows.ledger.remote))
+        for rank, windows in enumerate(fleet.windows)
+    ]
+    for distant in fleet.distant:
+        distant.courier.accepts = lambda peer, block: True
+
+    def all_have_merged_with_all():
+        for engine, own in zip(engines, fleet.blocks, strict=True):
+            for block in own:
+                engine.merge(block)
+                engine.offer(block)
+        return all((np.delete(ledger._taken[:, ledger.rank], ledger.rank, axis=1) > 0).all() for ledger in ledgers)
+
+    wait_until(all_have_merged_with_all, "merges")
+    fleet.wait_until_all_know()
+    masses = effective_masses({ledger.rank: ledger.account() for ledger in ledgers})
+    assert masses.sum(axis=1).tolist() == [workers * UNIT] * blocks
     fleet.close()
 
 
