@@ -54,6 +54,7 @@ def try_exchange(
     try:
         world_size = len(gather(None))  # all are open
         sampler = PeerSampler(rank, world_size, remote=windows.ledger.remote)
+        sampler.remote = []  # nobody has turns: every way is to be tried
         engine = GossipEngine(blocks, windows, sampler)
         for block in blocks:
             engine.offer(block)

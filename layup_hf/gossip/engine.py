@@ -20,6 +20,7 @@ from ..windows.base import PeerWindows
 from .budget import ReadBudget
 from .merging import Merger, is_exact
 from .topology import PeerSampler
+from .turns import Turns
 
 
 @dataclass
@@ -81,6 +82,7 @@ class GossipEngine:
         self._windows = windows
         self.ledger = windows.ledger
         self._sampler = sampler
+        self._peer_turns = Turns(len(blocks), sampler.remote)
         self._offer_every = offer_every
         self._is_free = is_free
         self._budget = budget
@@ -164,6 +166,7 @@ class GossipEngine:
         for offer in offers:
             self.ledger.take(index, offer.peer, offer.units)
             self._windows.release(offer.peer, index)
+            self._peer_turns.note_merged(index, offer.peer)
             self.staleness[self.ledger.staleness(index, offer.peer)] += 1
             self.counts["merges"] += 1
             self.counts["bytes_read"] += self._bytes[index]
@@ -177,7 +180,8 @@ class GossipEngine:
         return merge_weight(units, own, untaken)
 
     def offer(self, block: Block) -> None:
-        """Offer `block`, just stepped, to peers that have taken the last offer of it; skip where there is none.
+        """Offer `block`, just stepped, to peers that have taken the last offer of it, on other hosts to one after the
+        other (see `Turns`); skip where there is none.
 
         On a GPU the step has only been queued: peers are told of it, and of the offer, when it has been made.
         """
@@ -202,9 +206,10 @@ class GossipEngine:
         ledger.count_step(index)
         if not offers:
             return
-        peers = self._sampler.sample(ledger.eligible(index), offers)
+        peers = self._sampler.sample(self._peer_turns.due(index, ledger.eligible(index)), offers)
         units = self.units(ledger.own(index), len(peers)) if peers else 0
         if units:
+            self._peer_turns.note_offered(index, peers)
             for peer in peers:
                 ledger.offer(index, peer, units)
         offered = len(peers) if units else 0
@@ -237,6 +242,7 @@ class GossipEngine:
             self.ledger.exclude(peer)
             self._windows.exclude(peer)
             self._sampler.exclude(peer)
+            self._peer_turns.exclude(peer)
             if self._budget is not None:
                 self._budget.most = self._sampler.count
 

@@ -13,10 +13,10 @@ def neighbours(rank: int, world_size: int, remote: Iterable[int] = ()) -> set[in
     """Whom a worker offers to: all peers on its host, and of those on other hosts the ones 1, 2, 4, 8, ... ranks on.
 
     Reads on one host are cheap. A link carries what it can, however many offers wait for it; mass that waits mixes
-    nothing, and each of many that share it is little when it comes. So over a network few are offered to, by a graph in
-    which information comes from anyone to anyone in at most log2(world_size) exchanges (the exponential graph of
-    Assran et al., arXiv 1811.10792). "Which settings" in `docs/tuning.md` has what that makes of the consensus
-    distance.
+    nothing, and each of many that share it is little when it comes. So over a network few are offered to, and these one
+    after the other (see `Turns`), by a graph in which information comes from anyone to anyone in at most
+    log2(world_size) exchanges (the exponential graph of Assran et al., arXiv 1811.10792). "Which settings" in
+    `docs/tuning.md` has what that makes of the consensus distance.
 
     Args:
         rank: This worker.
@@ -42,6 +42,7 @@ class PeerSampler:
 
     Attributes:
         count: Offers per block and step, as far as there are neighbours; with a `ReadBudget`, the most.
+        remote: Neighbours on other hosts, the nearest one further on first.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class PeerSampler:
         seed: int = 0,
         remote: Iterable[int] = (),
     ) -> None:
+        remote = set(remote)
         self._neighbours = neighbours(rank, world_size, remote)
+        self.remote = sorted(self._neighbours & remote, key=lambda peer: (peer - rank) % world_size)
         self.count = min(peers_per_step or AUTO_PEERS, len(self._neighbours))
         self._random = random.Random(f"{seed}/{rank}")
 

@@ -91,7 +91,8 @@ class Exchange:
         by_mean = self.moments is not None and self.moments.has_peers
         self.masses = (1.0,) * host.world_size
         self._state.note(peers_per_step=sampler.count, windows=windows.kind, steps_by_mean=by_mean)
-        offers = str(sampler.count) if not self._finds_peers else f"up to {sampler.count}"
+        is_fixed = not self._finds_peers and len(sampler.remote) < 2  # of several on other hosts each has its turn
+        offers = str(sampler.count) if is_fixed else f"up to {sampler.count}"
         logger.info(
             f"Gossip between {host.world_size} workers over {len(blocks)} blocks, {offers} offers a step; the "
             f"optimizer's second moment is of {'the mean gradient' if by_mean else 'own gradients'}."

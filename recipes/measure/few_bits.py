@@ -7,9 +7,10 @@ Nesterov's momentum, and a link. They make their steps at the same time. Between
 as a fraction of the model in fp32 (`--fractions`): one block after the other, always the one that was not merged for
 the longest of all that are offered. It comes as the peer had it when it began to be sent.
 
-Masses and weights are those of `layup_hf.ledger.mixing`, offers go to the ranks 1, 2, 4, ... further on, and blocks are
-written, read and merged by the library's own parts (`layup_hf.windows.serving`, `receiving`, `gossip.merging`). So with
-`--wire_dtypes int8 int4` blocks that turn out to be too far away come again, and their bytes count.
+Masses and weights are those of `layup_hf.ledger.mixing`, offers go to the ranks 1, 2, 4, ... further on, to one after
+the other as in `layup_hf.gossip.turns` (with `--offers all` to all at once), and blocks are written, read and merged by
+the library's own parts (`layup_hf.windows.serving`, `receiving`, `gossip.merging`). So with `--wire_dtypes int8 int4`
+blocks that turn out to be too far away come again, and their bytes count.
 
 Beside that stand DDP, whose AdamW sees the mean gradient, and workers that do not communicate. All losses are held-out
 losses at equal samples, of the mass-weighted mean of all models. Prints them and writes `few-bits.json` into
@@ -32,6 +33,7 @@ from torch import Tensor
 from layup_hf.blocks import split_into_blocks
 from layup_hf.device import HOST
 from layup_hf.gossip.merging import Merger
+from layup_hf.gossip.turns import Turns
 from layup_hf.ledger.mixing import UNIT, merge_weight, share
 from layup_hf.windows.layout import Layout, Pieces
 from layup_hf.windows.peers import Peer
@@ -43,7 +45,7 @@ from layup_hf.windows.wire import Request
 from .common.command import command_line
 from .local_adam import Moments, Task, Tensors, add_task_arguments, mean_of, rate_at, run_all
 
-NAMES = ("wire_dtype", "fraction", "learning_rate", "seed")
+NAMES = ("wire_dtype", "offers", "fraction", "learning_rate", "seed")
 DDP, ALONE = "ddp", "none"
 
 
@@ -78,6 +80,7 @@ class Worker:
 
     Attributes:
         own: Mass that it holds of each block.
+        turns: Whose turn it is to be offered to; None: all have theirs at once.
         offers: Mass that it has offered and is still to be taken, by receiver and block.
         merged: When each block was last merged, at all and by peer.
         coming: Bytes that are still to come of what is in the slot; 0: nothing is on its way.
@@ -96,6 +99,7 @@ class Worker:
         self.serving: Any = Serving(self.layout, memory, HOST)  # type: ignore[arg-type]
         self.slot = Slot(self.layout, memory, HOST)  # type: ignore[arg-type]
         self.own = [UNIT] * len(blocks)
+        self.turns: Turns | None = None
         self.offers: dict[tuple[int, int], int] = {}
         self.merged: dict[tuple[int, ...], float] = {}
         self.coming = self.credit = 0.0
@@ -113,6 +117,9 @@ class Worker:
         """Every block, to those who have taken the last offer of it."""
         for block in range(len(self.own)):
             peers = [peer for peer in receivers if (peer, block) not in self.offers]
+            if self.turns is not None:
+                peers = self.turns.due(block, peers)
+                self.turns.note_offered(block, peers)
             units = share(self.own[block], len(peers)) if peers else 0
             for peer in peers if units else ():
                 self.offers[peer, block] = units
@@ -159,6 +166,8 @@ class Worker:
         weight = merge_weight(units, self.own[block], self.untaken(block))
         self.merger.merge(self.tensors[block], [(self.slot.views[block], weight)])
         self.own[block] += units
+        if self.turns is not None:
+            self.turns.note_merged(block, peer.rank)
         now = self.optimizer.steps + self.figures["models"] * 1e-9  # later ones of a step are later
         self.merged[block,] = self.merged[block, peer.rank] = now
         self.figures["models"] += self.layout.num_bytes[block] / sum(self.layout.num_bytes)
@@ -188,10 +197,15 @@ def run_ddp(task: Task, options: argparse.Namespace, peak: float) -> dict[str, f
     return {}
 
 
-def run_layup(task: Task, options: argparse.Namespace, wire_dtype: str, fraction: float, peak: float) -> dict[str, Any]:
+def run_layup(
+    task: Task, options: argparse.Namespace, wire_dtype: str, offers: str, fraction: float, peak: float
+) -> dict[str, Any]:
     count = options.workers
     workers = [Worker(rank, task, "fp32" if wire_dtype == ALONE else wire_dtype) for rank in range(count)]
     jumps = [2**n for n in range(count.bit_length()) if 2**n < count] if wire_dtype != ALONE else []
+    if offers == "turns":
+        for worker in workers:
+            worker.turns = Turns(len(worker.own), [(worker.rank + jump) % count for jump in jumps])
     size = 4 * sum(p.numel() for p in workers[0].parameters)
     distances = []
     for step in range(options.steps):
@@ -224,12 +238,12 @@ def distance(workers: list[Worker]) -> float:
 
 def train(options: argparse.Namespace, *chosen: Any) -> dict[str, Any]:
     """One run, of what `NAMES` are chosen to be."""
-    wire_dtype, fraction, peak, seed = chosen
+    wire_dtype, offers, fraction, peak, seed = chosen
     task = Task.load(options, seed)
     if wire_dtype == DDP:
         figures: dict[str, Any] = run_ddp(task, options, peak)
     else:
-        figures = run_layup(task, options, wire_dtype, fraction, peak)
+        figures = run_layup(task, options, wire_dtype, offers, fraction, peak)
     return {**dict(zip(NAMES, chosen, strict=True)), "loss": task.held_out_loss(), **figures}
 
 
@@ -241,17 +255,18 @@ def show(results: list[dict[str, Any]]) -> None:
     )
     print(" models merged per step | sent in vain per worker | consensus distance |\n" + "|---" * 8 + "|")
 
-    def best(wire_dtype: str, fraction: float) -> tuple[float, list[dict[str, Any]]]:
-        mine = [r for r in results if (r["wire_dtype"], r["fraction"]) == (wire_dtype, fraction)]
+    def best(*kind: Any) -> tuple[float, list[dict[str, Any]]]:
+        mine = [r for r in results if (r["fraction"], r["wire_dtype"], r["offers"]) == kind]
         rates = {rate: [r for r in mine if r["learning_rate"] == rate] for rate in {r["learning_rate"] for r in mine}}
         return min(rates.items(), key=lambda item: statistics.mean(r["loss"] for r in item[1]))
 
-    kinds = dict.fromkeys((result["fraction"], result["wire_dtype"]) for result in results)
-    ddp = next((best(kind, f) for f, kind in kinds if kind == DDP), None)
-    for fraction, wire_dtype in kinds:
-        rate, runs = best(wire_dtype, fraction)
+    kinds = dict.fromkeys((result["fraction"], result["wire_dtype"], result["offers"]) for result in results)
+    ddp = next((best(*kind) for kind in kinds if kind[1] == DDP), None)
+    for fraction, wire_dtype, offers in kinds:
+        rate, runs = best(fraction, wire_dtype, offers)
         loss = statistics.mean(run["loss"] for run in runs)
         row = [f"{fraction:g}" if fraction else "", {DDP: "DDP", ALONE: "no communication"}.get(wire_dtype, wire_dtype)]
+        row[-1] += " to all at once" if offers == "all" else ""
         by_seed = ", ".join(f"{run['loss']:.3f}" for run in runs)
         row += [f"{rate:g}", f"{loss:.3f} ({by_seed})"]
         row += [f"{loss / statistics.mean(run['loss'] for run in ddp[1]):.3f}" if ddp else ""]
@@ -265,13 +280,14 @@ def main() -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.06, 0.01], help="of the model, per step")
     kinds = [DDP, ALONE, "fp32", "bf16", "int8", "int4"]
     parser.add_argument("--wire_dtypes", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--offers", nargs="+", choices=["turns", "all"], default=["turns"], help="to whom at a time")
     parser.add_argument("--ddp_nesterov", action="store_true", help="DDP's AdamW uses Nesterov's momentum, too")
     add_task_arguments(parser)
     options = parser.parse_args()
     wanted = dict.fromkeys(
-        (wire_dtype, 0.0 if wire_dtype in (DDP, ALONE) else fraction, rate, seed)
-        for fraction, wire_dtype, rate, seed in itertools.product(
-            options.fractions, options.wire_dtypes, options.learning_rates, options.seeds
+        (wire_dtype, *(("", 0.0) if wire_dtype in (DDP, ALONE) else (offers, fraction)), rate, seed)
+        for fraction, wire_dtype, offers, rate, seed in itertools.product(
+            options.fractions, options.wire_dtypes, options.offers, options.learning_rates, options.seeds
         )
     )
     show(run_all(train, options, NAMES, list(wanted), options.folder / "few-bits.json"))

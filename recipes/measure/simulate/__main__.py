@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--topology", choices=TOPOLOGIES, default="auto")
     parser.add_argument("--peers", type=int, default=None, help="offers per block and step; unset: as in LayupConfig")
     parser.add_argument("--offer_every", type=int, default=1)
+    parser.add_argument("--all_at_once", action="store_false", dest="turns", help="over links, no turns of peers")
     parser.add_argument("--speeds", choices=SPEEDS, default="equal")
     parser.add_argument("--step_seconds", type=float, default=0.58)
     parser.add_argument("--model_bytes", type=float, default=498e6)

@@ -15,10 +15,11 @@ from .case import show, simulate
 LINKS = [math.inf, 10e9, 1e9]
 OFFERS: list[dict[str, Any]] = [
     {},
-    {"peers": 1},
-    {"topology": "uniform"},
-    {"topology": "uniform", "peers": 1},
-    {"topology": "ring", "peers": 1},
+    {"turns": False},
+    {"peers": 1, "turns": False},
+    {"topology": "uniform", "turns": False},
+    {"topology": "uniform", "peers": 1, "turns": False},
+    {"topology": "ring", "peers": 1, "turns": False},
 ]
 STEPS = {2: 200, 8: 200, 64: 200, 1024: 100}
 
@@ -28,6 +29,8 @@ def advice(counts: list[int], folder: Path) -> list[dict[str, Any]]:
     file = folder / "simulate-advice.json"
     results = json.loads(file.read_text()) if file.exists() else []
     for workers, rate, offers in itertools.product(counts, LINKS, OFFERS):
+        if math.isinf(rate):  # where there are no turns
+            offers = {name: value for name, value in offers.items() if name != "turns"}
         case = {"workers": workers, "steps": STEPS.get(workers, 100), "rate": rate, "slices": 16, **offers}
         key = case | ({"rate": None} if math.isinf(rate) else {})
         is_same = (workers == 2 and offers) or (offers.get("topology") == "uniform" and math.isinf(rate))

@@ -34,6 +34,8 @@ class Settings:
             places on. Among these it chooses at random.
         peers: `peers_per_step` of `LayupConfig`; None for its default, 0 for no communication.
         offer_every: As in `LayupConfig`.
+        turns: Whether over links a block is offered to one peer after the other, as in `layup_hf.gossip.turns`; else to
+            all that have taken the last offer.
         speeds: "equal": every step takes `step_seconds`, up to 5 % more or less; "straggler": the last worker's take
             five times that; "exponential": each is prolonged by an exponential delay with a mean of `step_seconds`.
         step_seconds: Of one step.
@@ -65,6 +67,7 @@ class Settings:
     topology: str = "auto"
     peers: int | None = None
     offer_every: int = 1
+    turns: bool = True
     speeds: str = "equal"
     step_seconds: float = 0.58
     model_bytes: float = 498e6

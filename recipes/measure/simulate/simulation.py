@@ -16,6 +16,7 @@ import numpy as np
 from layup_hf.ledger.mixing import UNIT, merge_weight, share
 
 from .settings import Settings
+from .turns import ManyTurns
 
 FREE, ASKED, ON_ITS_WAY, READY = range(4)  # what a slot is
 
@@ -53,6 +54,7 @@ class Simulation:
         self._stamps = np.zeros((blocks, workers), dtype=np.int64)  # the clock when the worker last stepped the block
         self._has_offer = np.zeros((blocks, workers, workers), dtype=bool)  # [b, sender, receiver]: one is waiting
         self._neighbours, self._count = s.neighbours(), s.peers_per_step
+        self._turns = ManyTurns(blocks, workers, self._neighbours.shape[1]) if s.has_links and s.turns else None
         self.staleness: Counter[int] = Counter()
         self.merges = 0
         self.bytes_read = 0.0
@@ -186,15 +188,20 @@ class Simulation:
         peers = self._neighbours[workers]
         keys = self._random.random(peers.shape, dtype=np.float32)
         keys[self._has_offer[blocks[:, None], workers[:, None], peers]] = 2.0  # has not taken the last one
+        places = np.arange(peers.shape[1]) + np.zeros_like(peers)
+        if self._turns is not None:
+            keys[~self._turns.due(blocks, workers, keys < 1.5)] = 2.0
         if count < peers.shape[1]:
             chosen = np.argpartition(keys, count - 1, axis=1)[:, :count]
-            peers, keys = np.take_along_axis(peers, chosen, 1), np.take_along_axis(keys, chosen, 1)
+            peers, keys, places = (np.take_along_axis(array, chosen, 1) for array in (peers, keys, places))
         eligible = keys < 1.5
         numbers = eligible.sum(axis=1)
         units = np.where(numbers > 0, share(self.own[blocks, workers], np.maximum(numbers, 1)), 0)
         rows, columns = np.nonzero(eligible & (units > 0)[:, None])
         self.waiting[blocks[rows], peers[rows, columns], workers[rows]] = units[rows]
         self._has_offer[blocks[rows], workers[rows], peers[rows, columns]] = True
+        if self._turns is not None:
+            self._turns.note_offered(blocks[rows], workers[rows], places[rows, columns])
         self.own[blocks, workers] -= units * numbers
         self._untaken[blocks, workers] += units * numbers
 
@@ -229,6 +236,8 @@ class Simulation:
         self.values[b, w] += weight[:, None] * (inflow - self.values[b, w])
         self.own[b, w] += offered
         self.staleness.update((self.steps.sum(axis=1)[blocks] - stamps).tolist())
+        if self._turns is not None:
+            self._turns.note_merged(blocks, workers)
         self.merges += len(units)
         self.bytes_read += len(units) * self.settings.block_bytes
 

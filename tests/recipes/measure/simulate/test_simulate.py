@@ -6,12 +6,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
+from layup_hf.gossip.turns import Turns
 from layup_hf.ledger.counts import percentile
 from layup_hf.ledger.mixing import UNIT, merge_weight, share
 from recipes.measure.simulate.case import all_reduce, first_loss, gossip, seconds_to, simulate
 from recipes.measure.simulate.settings import Settings
 from recipes.measure.simulate.simulation import Simulation, mean
+from recipes.measure.simulate.turns import ManyTurns
 
 SMALL = {"blocks": 2, "dimension": 4, "steps": 20}
 LINK = {"rate": 8e8, "model_bytes": 1e8, "step_seconds": 1.0}  # the model takes a second
@@ -205,3 +210,33 @@ def test_when_a_loss_is_reached():
 def test_bad_input_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Settings(**options)
+
+
+@settings_of_hypothesis(max_examples=30)
+@given(seed=st.integers(0, 2**31))
+def test_the_turns_of_many_workers_are_those_of_each(seed):
+    """Of all blocks and workers at once the same as of one after the other."""
+    blocks, workers, neighbours = 2, 3, 4
+    draw, many = np.random.default_rng(seed), ManyTurns(blocks, workers, neighbours)
+    each = {(b, w): Turns(1, range(neighbours)) for b in range(blocks) for w in range(workers)}
+    for _ in range(60):
+        acting = [pair for pair in each if draw.random() < 0.7] or [(0, 0)]
+        b, w = np.array(acting).T
+        eligible = draw.random((len(acting), neighbours)) < draw.choice([0.5, 1.0])
+        due = many.due(b, w, eligible)
+        for row, pair in enumerate(acting):
+            peers = each[pair].due(0, np.flatnonzero(eligible[row]).tolist())
+            assert set(peers) == set(np.flatnonzero(due[row]).tolist())
+            each[pair].note_offered(0, peers)
+        rows, places = np.nonzero(due)
+        many.note_offered(b[rows], w[rows], places)
+        for pair in (pair for pair in acting if draw.random() < 0.3):
+            each[pair].note_merged(0, 0)
+            many.note_merged(np.array([pair[0]]), np.array([pair[1]]))
+
+
+def test_over_links_turns_bring_workers_closer_together():
+    settings = {"workers": 8, "steps": 60, "rate": 3e9, "slices": 16, "seed": 1}
+    found = {turns: gossip(Settings(turns=turns, **settings)) for turns in (True, False)}
+    assert found[True]["reads"] == pytest.approx(found[False]["reads"], rel=0.1)
+    assert found[True]["distance"] < 0.9 * found[False]["distance"]
