@@ -66,6 +66,12 @@ def why_not_written(error: BaseException, folder: str | Path) -> str:
     return remedy(number)
 
 
+def advice(error: BaseException, folder: str | Path, otherwise: str = "") -> str:
+    """The same as the beginning of a sentence; `otherwise` if nothing is known."""
+    why = why_not_written(error, folder) or otherwise
+    return why[:1].upper() + why[1:]
+
+
 def remedy(number: int | None) -> str:
     """What helps against an error of the operating system, with what it is; nothing if there is no error."""
     if not number:

@@ -4,15 +4,13 @@ import atexit
 import threading
 import time
 
-import psutil
 from fleet import together
+from keepers import TOKEN, Keeper
 
-from layup_hf.fleet.job import start_keeper
 from layup_hf.fleet.membership import Era, Membership
 from layup_hf.fleet.store import WORKERS, JobStore
 
 LEASE = 2.0  # seconds; a busy machine may keep a thread waiting for one
-TOKEN = b"secret of the job".ljust(32)
 
 
 class Worker:
@@ -62,9 +60,8 @@ class Job:
     """A store and the workers at it."""
 
     def __init__(self):
-        before = set(psutil.Process().children())
-        self.place = start_keeper("127.0.0.1", TOKEN, is_open=False)
-        (self.keeper,) = set(psutil.Process().children()) - before
+        started = Keeper()
+        self.place, self.keeper = started.place, started.process
         self.store = JobStore(*self.place, TOKEN)
         self.workers = []
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..disk import nearest, remedy, try_to_write
+from ..fleet.network import rdma_devices
 from .finding import Finding
 
 BYTES_OF_ADAMW = 12
@@ -113,11 +114,6 @@ def check_disk(output_dir: Path) -> list[Finding]:
         text += f": one checkpoint of a model of {room} parameters, with the optimizer of one worker"
         return [Finding("disk", text, "warning", "free some space, or set `save_total_limit` or `save_only_model`")]
     return [Finding("disk", text, score=free)]
-
-
-def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """Names of the RDMA devices that this process can see."""
-    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
 
 
 # ---- Helpers ----

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import Store
 
 from ..fleet.data import travels
-from ..fleet.network import GPUDIRECT_VARIABLE, Network, reaches_gpus
+from ..fleet.network import GPUDIRECT_VARIABLE, Network, allowed_rdma_devices, rdma_devices, reaches_gpus
 from ..fleet.secret import TOKEN_VARIABLE, draw_token, given_token
 from ..fleet.started import launches
 from ..windows import opening
@@ -25,7 +25,6 @@ from ..windows.transport import Transport
 from .finding import Finding
 from .libraries import installed
 from .link import Probe, Sink
-from .machine import rdma_devices
 
 _ASKS, _ASKING_SECONDS = 50, 1.0
 
@@ -146,7 +145,7 @@ def check_nixl(cards: Sequence[Card], device: torch.device) -> list[Finding]:
     interface, ways = os.environ.get("UCX_NET_DEVICES"), os.environ.get("UCX_TLS")
     transport = Transport(f"doctor-{os.getpid()}", device)
     transport.close()
-    rdma = [device for device in rdma_devices() if interface in (None, "all") or f"{device}:" in interface]
+    rdma = allowed_rdma_devices()
     uses = f"RDMA ({', '.join(rdma)}) or TCP, whichever UCX finds faster" if rdma else "TCP"
     if not rdma:
         uses += ", as UCX_NET_DEVICES leaves out RDMA" if rdma_devices() else ", as there is no RDMA device"

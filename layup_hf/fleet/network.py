@@ -15,6 +15,7 @@ GPUDIRECT_VARIABLE = "LAYUP_GPUDIRECT"
 """Whether the network reaches the memory of GPUs, where it cannot be seen."""
 
 _SYS, _MODULES = Path("/sys/class"), Path("/sys/module")
+_PEER_MODULES = ("nvidia_peermem", "nv_peer_mem")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Network:
         own = _SYS / "net" / self.interface / "device" / "infiniband"
         devices = _names_in(own)
         if not devices and not self.is_named:
-            devices = _names_in(_SYS / "infiniband")
+            devices = rdma_devices()
         ports = [(device, port) for device in devices for port in _names_in(_SYS / "infiniband" / device / "ports")]
         return [f"{device}:{port}" for device, port in ports if _is_up(device, port)]
 
@@ -98,13 +99,18 @@ def reaches_gpus() -> bool:
         raise ValueError(f"{GPUDIRECT_VARIABLE}={said!r}: it is 1, 0, or not set.")
     if said:
         return said == "1"
-    named = os.environ.get("UCX_NET_DEVICES", "all").split(",")
-    devices = [device for device in _names_in(_SYS / "infiniband") if _may_use(device, named)]
-    return bool(devices) and any((_MODULES / name).exists() for name in ("nvidia_peermem", "nv_peer_mem"))
+    return bool(allowed_rdma_devices()) and any((_MODULES / name).exists() for name in _PEER_MODULES)
 
 
-def _may_use(device: str, named: list[str]) -> bool:
-    return "all" in named or any(name.split(":")[0] == device for name in named)
+def rdma_devices() -> list[str]:
+    """Names of the RDMA devices that this process can see."""
+    return _names_in(_SYS / "infiniband")
+
+
+def allowed_rdma_devices() -> list[str]:
+    """Those that UCX may use."""
+    named = [name.split(":")[0] for name in os.environ.get("UCX_NET_DEVICES", "all").split(",")]
+    return [device for device in rdma_devices() if "all" in named or device in named]
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -47,6 +47,8 @@ class Turns:
             Of the eligible ones: all that have no turns, such as those on this host, and then those whose turn it is.
         """
         this = self._blocks[block]
+        if not this.order:
+            return list(eligible)
         free = [peer for peer in this.order if peer in eligible]
         return [peer for peer in eligible if peer not in this.order] + free[: this.turns(free)]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..blocks.snapshot import Snapshots
-from ..disk import why_not_written
+from ..disk import advice, why_not_written
 from .folders import UNFINISHED, publish, rotate
 from .hollow import HollowFile
 
@@ -159,9 +159,10 @@ class BackgroundCheckpoint:
     def _fail(self, error: Exception) -> None:
         """Tell people at once; the training thread raises it at its next step."""
         text = f"{type(error).__name__}: {error}".removesuffix(".")
+        remedy = advice(error, self.folder, otherwise="mend what is wrong")
         self.failure = CheckpointFailed(
             f"Rank {self._rank} could not write {self.name} in the background: {text}. It is not complete, and "
-            f"will not be; the other checkpoints in {self.folder} are. {_what_to_do(error, self.folder)}; then go on "
+            f"will not be; the other checkpoints in {self.folder} are. {remedy}; then go on "
             "from the last of them (`resume_from_checkpoint=True`)."
         )
         self.failure.__cause__ = error
@@ -238,11 +239,6 @@ class BackgroundCheckpoint:
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
-
-
-def _what_to_do(error: Exception, folder: Path) -> str:
-    why = why_not_written(error, folder) or "mend what is wrong"
-    return why[0].upper() + why[1:]
 
 
 def _sign_of(parts: Path) -> tuple[tuple[str, int, int], ...]:

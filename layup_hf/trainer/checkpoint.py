@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 from transformers.utils import logging
 
 from ..blocks.snapshot import Snapshot, owners_of
-from ..disk import why_not_written
+from ..disk import advice
 from ..windows.opening import together
 from .background import BackgroundCheckpoint, parts_of
 from .blockwise import BlockwiseModel
@@ -324,8 +324,6 @@ def _told_why(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = why_not_written(error, folder)
-        error.add_note(
-            f"The checkpoint is not complete; those in {folder} are." + (f" {why[0].upper() + why[1:]}." if why else "")
-        )
+        why = advice(error, folder)
+        error.add_note(f"The checkpoint is not complete; those in {folder} are." + (f" {why}." if why else ""))
         raise

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
-from ..disk import errno_of_writing, remedy
+from ..disk import errno_of_writing, nearest, remedy
 from ..windows.straggler import StragglerConfig
 from .muon import is_muon, muon_options
 from .options import CHOICES, Options, require_types
@@ -129,7 +129,7 @@ def _check_trace(file: str | None) -> None:
         raise ValueError(f"trace={file!r}: viewers tell a trace by its ending. Name a file that ends with .json.")
     if place.is_dir():
         raise ValueError(f"trace={file!r} is a folder. Name a file in it, such as {str(place / 'trace.json')!r}.")
-    above = next((folder for folder in place.absolute().parents if folder.exists()), place)
+    above = nearest(place.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         why = remedy(errno_of_writing(above))
         reason = f", as {why}" if why else ""

@@ -121,12 +121,6 @@ class Layout:
         """Whether blocks that are not coded are sent from where they lie."""
         return not (self.converts or self.on_host)
 
-    @property
-    def room(self) -> int:
-        """Where the room for what is coded begins in a buffer to send from: like the one that is written to, or alone
-        where all else is sent from where it lies."""
-        return self.size if self.on_host else 0
-
     def new_buffer(self) -> Tensor:
         """Bytes for any one block, as it is and coded."""
         return self._bytes(self.size + self.coded_size)
@@ -141,6 +135,10 @@ class Layout:
     def new_mirror(self) -> Tensor:
         """Bytes like those of a buffer in the host's memory, where the blocks are."""
         return torch.empty(self.size + self.coded_size, dtype=torch.uint8, device=self.device)
+
+    def new_coding_room(self) -> Tensor:
+        """Bytes for a coded block alone, where the blocks are."""
+        return torch.empty(self.coded_size, dtype=torch.uint8, device=self.device)
 
     def _bytes(self, size: int) -> Tensor:
         if not self.on_host:

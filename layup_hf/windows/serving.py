@@ -39,7 +39,7 @@ class Serving:
         self._buffer = layout.new_sending_buffer()
         if self._buffer is not None:
             transport.register([self._buffer])
-        self._mirror = layout.new_mirror()[layout.size :] if layout.on_host and layout.bits else None
+        self._room = layout.new_coding_room() if layout.on_host and layout.bits else None
         self._holder: Peer | None = None  # who is being written to from the buffer, or is about to be
         self._content: Request | None = None  # what it was filled for
         self._filled: Mark | None = None
@@ -109,23 +109,22 @@ class Serving:
     def _code(self, wanted: Request, buffer: Tensor) -> None:
         """Put the live block into the buffer, in as few bits as is wanted."""
         assert self._coder is not None
-        steps, begin, rest = np.array(wanted.steps, dtype=np.float32), 0, []
+        steps, begin = np.array(wanted.steps, dtype=np.float32), 0
         multipliers = factors(wanted.seed)
-        room = self._mirror if self._mirror is not None else buffer
-        for index, coded in enumerate(self.layout.coded_views(room, wanted.block)):
-            if coded is None:
-                rest.append(index)
-                continue
-            plan, into = coded
-            own = np.ascontiguousarray(steps[begin : begin + plan.parts])
-            # On a GPU this waits for what it does there.
-            if not self._coder.encode(plan, self.layout.live(wanted.block)[index], own, multipliers, into):
-                raise _MisfitError
-            begin += plan.parts
-        if self._mirror is not None:
-            begin, size = self.layout.spans(wanted.block, is_coded=True)[0]
-            live, views = self.layout.live(wanted.block), self.layout.views(buffer, wanted.block)
-            self._fill([(buffer[begin : begin + size], self._mirror[:size]), *((views[i], live[i]) for i in rest)])
+        live = self.layout.live(wanted.block)
+        coded = self.layout.coded_views(buffer if self._room is None else self._room, wanted.block)
+        for tensor, place in zip(live, coded, strict=True):
+            if place is not None:
+                plan, into = place
+                own = np.ascontiguousarray(steps[begin : begin + plan.parts])
+                if not self._coder.encode(plan, tensor, own, multipliers, into):  # on a GPU this waits for what it does
+                    raise _MisfitError
+                begin += plan.parts
+        if self._room is not None:
+            first, size = self.layout.spans(wanted.block, is_coded=True)[0]
+            views = self.layout.views(buffer, wanted.block)
+            rest = [(view, tensor) for view, tensor, place in zip(views, live, coded, strict=True) if place is None]
+            self._fill([(buffer[first : first + size], self._room[:size]), *rest])
 
     def _leave_behind(self, peer: Peer, now: float) -> bool:
         """Take another buffer than the one from which a peer is being written to, if that peer is silent."""

@@ -105,9 +105,3 @@ def test_locked_memory_matters_where_there_is_rdma(monkeypatch):
     found = machine.check_files(2, has_rdma=True)[1]
     assert found.level == "warning"
     assert found.text.startswith("only 65.5 kB of memory may be locked")
-
-
-def test_rdma_devices(tmp_path):
-    assert machine.rdma_devices(tmp_path / "none") == []
-    (tmp_path / "mlx5_0").touch()
-    assert machine.rdma_devices(tmp_path) == ["mlx5_0"]

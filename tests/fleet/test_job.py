@@ -15,16 +15,6 @@ from layup_hf.fleet.job import Job, launcher_store
 from layup_hf.fleet.secret import given_token
 from layup_hf.fleet.store import WORKERS
 
-
-@pytest.fixture(scope="module")
-def lasting():
-    """One that outlasts a test."""
-    keeper = Keeper()
-    keeper.store = keeper.connect()
-    yield keeper
-    keeper.close()
-
-
 # ---- Jobs ----
 
 

@@ -51,6 +51,14 @@ def test_rdma_may_be_used_where_there_is_some(devices, interface, is_named, allo
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == interface
 
 
+def test_rdma_devices(monkeypatch, tmp_path):
+    monkeypatch.setattr(network, "_SYS", tmp_path)
+    assert network.rdma_devices() == []
+    (tmp_path / "infiniband").mkdir()
+    (tmp_path / "infiniband" / "mlx5_0").touch()
+    assert network.rdma_devices() == ["mlx5_0"]
+
+
 def test_without_rdma_the_interface_is_all(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "_SYS", tmp_path)
     Network("eth1", "10.0.0.1").use()

@@ -33,15 +33,6 @@ def keeper():
     keeper.close()
 
 
-@pytest.fixture(scope="module")
-def lasting():
-    """One that outlasts a test."""
-    keeper = Keeper()
-    keeper.store = keeper.connect()
-    yield keeper
-    keeper.close()
-
-
 def has_ended(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
